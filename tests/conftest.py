@@ -27,8 +27,8 @@ def golden(name: str) -> dict[str, np.ndarray]:
     Works as a function (``from conftest import golden``) and as a fixture of the same name.
 
     Arguments:
-        name: File name, with or without ``.npz``, in the folder ``$QUIETEN_GOLDEN``, else in ``../shared/golden``
-            beside the checkout.
+        name: File name, with or without ``.npz``, in the folder ``$QUIETEN_GOLDEN``, else in
+            ``../shared/golden`` beside the checkout.
 
     Raises:
         FileNotFoundError: If the folder is there but the file is not: a misspelt name must not skip.
