@@ -27,4 +27,3 @@ class Unit:
 
     def __repr__(self) -> str:
         return "Unit()"
-

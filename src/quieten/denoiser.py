@@ -14,7 +14,22 @@ from .gaussian import POINT, Gaussian, spread_over
 from .process import VE, VP, Level, Process
 from .schedule import LinearBeta, Table
 
-__all__ = ["FORMS", "Bound", "Denoiser", "Form", "Preconditioned", "convert", "cosine_table", "edm", "edm_form", "iddpm", "levels", "ve", "vp"]
+__all__ = [
+    "FORMS",
+    "Bound",
+    "Denoiser",
+    "Form",
+    "Preconditioned",
+    "convert",
+    "cosine_table",
+    "edm",
+    "edm_form",
+    "form_coefficients",
+    "iddpm",
+    "levels",
+    "ve",
+    "vp",
+]
 
 Form = str | Callable[[Any, Any], tuple[Any, Any]]
 """A parameterisation: a name in `FORMS`, or (alpha, sigma) -> (p, q), meaning the quantity f = p eps + q x0."""
@@ -81,14 +96,22 @@ def convert(f: Tensor, x: Tensor, source: Form, form: Form, alpha: Any, sigma: A
     p, q = form_coefficients(source, alpha, sigma)
     wanted_p, wanted_q = form_coefficients(form, alpha, sigma)
     det = p * alpha - q * sigma
-    if isinstance(det, float) or (isinstance(det, Tensor) and type(det) is Tensor and det.device.type == "cpu"):
-        if not (det != 0.0 if isinstance(det, float) else bool((det != 0).all())):
-            raise ValueError(f"{form!r} does not follow from a {source!r} prediction at alpha={_show(alpha)}, sigma={_show(sigma)}: "
-                             "use a 'v', 'flow' or 'x0' model, or start from a finite log-SNR")  # fmt: skip
+    if _is_zero(det):
+        raise ValueError(
+            f"{form!r} does not follow from a {source!r} prediction at alpha={_show(alpha)}, sigma={_show(sigma)}: "
+            "use a 'v', 'flow' or 'x0' model, or start from a finite log-SNR"
+        )
     a, b = (wanted_p * alpha - wanted_q * sigma) / det, (wanted_q * p - wanted_p * q) / det
     if isinstance(a, float) and isinstance(b, float):
         return torch.mul(x, b).add_(f, alpha=a)
     return a * f + b * x
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a number vanishes somewhere; tensors on a device are not looked at, since that would make the host wait."""
+    if isinstance(value, Tensor):
+        return type(value) is Tensor and value.device.type == "cpu" and bool((value == 0).any())
+    return bool(value == 0)
 
 
 def _show(value: Any) -> str:
@@ -229,14 +252,17 @@ class Preconditioned(Denoiser):
 
     def _check(self, x: Tensor, lam: Level) -> None:
         if not x.is_floating_point() or x.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"`x` must be float32 or float64 (got {x.dtype}): keep the state wide, pass autocast= for the network")
+            raise ValueError(
+                f"`x` must be float32 or float64 (got {x.dtype}): keep the state wide, pass autocast= for the network"
+            )
         if self.shape is not None and tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"`x` must have shape (B, {', '.join(map(str, self.shape))}) (got {tuple(x.shape)})")
         if isinstance(lam, Tensor) and lam.ndim and lam.shape != (len(x),):
             raise ValueError(f"`lam` must be a float or have shape () or ({len(x)},) (got {tuple(lam.shape)})")
 
     def extra_repr(self) -> str:
-        return f"process={self.process}, form={self.form if isinstance(self.form, str) else 'callable'}, sigma_data={self.sigma_data}"
+        form = self.form if isinstance(self.form, str) else "callable"
+        return f"process={self.process}, form={form}, sigma_data={self.sigma_data}"
 
 
 def edm(net: nn.Module, process: Process = VE, sigma_data: float = 0.5, **kwargs: Any) -> Preconditioned:
@@ -249,8 +275,10 @@ def ve(net: nn.Module, **kwargs: Any) -> Preconditioned:
     return Preconditioned(net, VE, lambda alpha, sigma: (-1.0, 0.0), lambda lam: -0.5 * lam - math.log(2), **kwargs)
 
 
-def vp(net: nn.Module, process: Process = VE, beta_min: float = 0.1, beta_max: float = 20.0, steps: int = 1000, **kwargs: Any) -> Preconditioned:  # fmt: skip
-    """The VP noise network of score_sde: D = x - sigma F(x / sqrt(1 + sigma^2), (steps - 1) t(sigma)), in VE or VP coordinates."""
+def vp(
+    net: nn.Module, process: Process = VE, beta_min: float = 0.1, beta_max: float = 20.0, steps: int = 1000, **kwargs: Any
+) -> Preconditioned:
+    """The VP noise network of score_sde, D = x - sigma F(x / sqrt(1 + sigma^2), (steps - 1) t(sigma)), in VE or VP."""
     curve = LinearBeta(beta_min, beta_max, start=0.0)
     return Preconditioned(net, process, "eps", lambda lam: (steps - 1) * curve.inverse(lam), sigma_data=1.0, **kwargs)
 
@@ -264,12 +292,18 @@ def iddpm(net: nn.Module, table: Table | None = None, process: Process = VE, **k
         process: VE or VP.
         **kwargs: As in `Preconditioned`.
     """
-    levels_of_net = cosine_table() if table is None else table
-    return Preconditioned(net, process, "eps", levels_of_net.nearest, sigma_data=1.0, **kwargs)
+    entries = cosine_table() if table is None else table
+
+    def embed(lam: Tensor) -> Tensor:
+        index = entries.nearest(lam)
+        clean = -0.5 * lam < -0.5 * entries.lam[0].to(lam) - math.log(2)  # nearer to no noise at all: EDM's index -1
+        return torch.where(clean, torch.full_like(index, -1.0), index)
+
+    return Preconditioned(net, process, "eps", embed, sigma_data=1.0, **kwargs)
 
 
 def cosine_table(steps: int = 1000, max_beta: float = 0.999, offset: float = 0.008) -> Table:
-    """The capped cosine schedule as EDM tabulates it: sigma_{j-1}^2 = (sigma_j^2 + 1) / max(abar_{j-1} / abar_j, 1 - max_beta) - 1.
+    """The capped cosine schedule of EDM: sigma_{j-1}^2 = (sigma_j^2 + 1) / max(abar_{j-1} / abar_j, 1 - max_beta) - 1.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), table 1, iDDPM column

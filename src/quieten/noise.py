@@ -79,9 +79,14 @@ class Noise:
             ValueError: If `like` has another number of rows than there are indices.
         """
         if len(like) != len(self):
-            raise ValueError(f"`like` has {len(like)} rows but the noise is keyed by {len(self)} indices: give one index per row")
+            raise ValueError(
+                f"`like` has {len(like)} rows but the noise is keyed by {len(self)} indices: give one index per row"
+            )
         out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-        rows, keys = out.view(len(self), -1) if out.numel() else out.reshape(len(self), 0), self._keys(step, tag, like.device)
+        rows, keys = (
+            out.view(len(self), -1) if out.numel() else out.reshape(len(self), 0),
+            self._keys(step, tag, like.device),
+        )
         width = rows.shape[1]
         block = max(1, _BLOCK // max(1, len(self)))
         for start in range(0, width, block):

@@ -88,7 +88,9 @@ class GaussianData(Oracle):
             var, vectors = torch.linalg.eigh(cov)
             var, self.basis = var.reshape(mean.shape), Rotation(vectors)
         else:
-            raise ValueError(f"`cov` must be a number, have the mean's shape {tuple(mean.shape)}, or be ({n}, {n}) (got {tuple(cov.shape)})")
+            raise ValueError(
+                f"`cov` must be a number, have the mean's shape {tuple(mean.shape)}, or be ({n}, {n}) (got {tuple(cov.shape)})"
+            )
         if var.min() < -1e-12 * var.max().abs():
             raise ValueError(f"`cov` must be positive semi-definite (smallest eigenvalue {float(var.min()):.3g})")
         self.register_buffer("mean", mean)
@@ -114,7 +116,7 @@ class GaussianData(Oracle):
         return self.marginal(lam, x).log_prob(x)
 
     def flow(self, x: Tensor, lam_t: float, lam_s: float) -> Tensor:
-        """The exact solution of the probability-flow ODE from (x, lam_t) to lam_s: whitening at one level, colouring at the other."""
+        """The exact solution of the probability-flow ODE from (x, lam_t) to lam_s: whitening, then colouring."""
         start, end = self.marginal(lam_t, x), self.marginal(lam_s, x)
         z = x - start.mean
         ratio = (end.var / start.var).sqrt()
@@ -159,7 +161,11 @@ class MixtureData(Oracle):
         total = alpha * alpha * vars + sigma * sigma
         residual = flat - alpha * means
         log_joint = self.log_weights.to(x) - 0.5 * (residual.square() / total + total.log() + math.log(2 * math.pi)).sum(-1)
-        return log_joint, means + alpha * vars / total * residual, (vars * (sigma * sigma) / total).expand_as(residual)
+        return (
+            log_joint,
+            means + alpha * vars / total * residual,
+            (vars * (sigma * sigma) / total).expand_as(residual),
+        )
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         log_joint, means, vars = self._posterior(x, lam)
@@ -172,7 +178,9 @@ class MixtureData(Oracle):
         return self._posterior(x, lam)[0].logsumexp(1)
 
     def sample(self, noise: Noise) -> Tensor:
-        k = torch.searchsorted(self.log_weights.exp().cumsum(0).cpu(), noise.uniform(0, "component")).clamp(max=len(self.means) - 1)
+        k = torch.searchsorted(self.log_weights.exp().cumsum(0).cpu(), noise.uniform(0, "component")).clamp(
+            max=len(self.means) - 1
+        )
         mean, var = self.means[k], self.vars[k]
         return Gaussian(mean, var).sample(noise.normal(mean, 0, "oracle"))
 
@@ -232,7 +240,11 @@ class FiniteData(Oracle):
         row = -0.5 * (flat - alpha * centre).square().sum(1, keepdim=True) / (sigma * sigma)
         d = flat.shape[1]
         level = torch.as_tensor(sigma).log().reshape(-1)
-        return (self._logits(flat, lam) + row).logsumexp(1) - math.log(len(self.points)) - d * (level + 0.5 * math.log(2 * math.pi))
+        return (
+            (self._logits(flat, lam) + row).logsumexp(1)
+            - math.log(len(self.points))
+            - d * (level + 0.5 * math.log(2 * math.pi))
+        )
 
     def sample(self, noise: Noise) -> Tensor:
         k = (noise.uniform(0, "point") * len(self.points)).long().to(self.points.device)

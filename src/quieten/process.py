@@ -14,7 +14,7 @@ from .gaussian import POINT, Gaussian, scalar, spread_over
 __all__ = ["FLOW", "PROCESSES", "VE", "VP", "Level", "Process"]
 
 Level = float | Tensor
-"""A log-SNR: a Python float inside the sampling loop, a tensor of shape () or (B,) in training. +inf is data, -inf pure noise."""
+"""A log-SNR: a float inside the sampling loop, a tensor () or (B,) in training. +inf is data, -inf pure noise."""
 
 
 class Process(ABC):
@@ -58,7 +58,13 @@ class Process(ABC):
         return Gaussian(_scaled(alpha_t / alpha_s, x_s), _plus(var, 0.0, POINT, x_s))
 
     def bridge(
-        self, x0: Tensor | Gaussian, x_t: Tensor, lam_t: Level, lam_s: Level, eta: float = 1.0, keep: Tensor | None = None
+        self,
+        x0: Tensor | Gaussian,
+        x_t: Tensor,
+        lam_t: Level,
+        lam_s: Level,
+        eta: float = 1.0,
+        keep: Tensor | None = None,
     ) -> Gaussian:
         r"""Reverse kernel p(x_s | x_t) of the forward process, with x0 known or uncertain.
 
@@ -106,7 +112,9 @@ class Process(ABC):
         q = e + (1.0 - eta * eta) * c  # = 1 - eta^2 c, and e itself, to the last digit, when eta is 1
         if isinstance(sigma_t, float) and sigma_t == 0.0:
             if lam_s != lam_t:
-                raise ValueError("`lam_t` is +inf, where the noise is unknown: start from a finite level (end the grid before +inf)")
+                raise ValueError(
+                    "`lam_t` is +inf, where the noise is unknown: start from a finite level (end the grid before +inf)"
+                )
             return 1.0, 0.0, 0.0, alpha_s
         k = sigma_s / sigma_t * _sqrt(q)
         b = alpha_s * c * (1.0 + eta * eta * e) / (1.0 + _sqrt(e * q))
@@ -194,8 +202,8 @@ def _gap(lam_s: Level, lam_t: Level) -> Any:
     if isinstance(lam_s, float) and isinstance(lam_t, float):
         return 0.0 if lam_s == lam_t else lam_s - lam_t
     if isinstance(lam_s, float):
-        lam_s = torch.full_like(lam_t, lam_s)  # type: ignore[arg-type]
-    return torch.where(lam_s == lam_t, torch.zeros_like(lam_s), lam_s - lam_t)  # type: ignore[arg-type]
+        lam_s = torch.full_like(lam_t, lam_s)
+    return torch.where(lam_s == lam_t, torch.zeros_like(lam_s), lam_s - lam_t)
 
 
 def _check_order(lam_t: Level, lam_s: Level) -> None:
@@ -204,7 +212,9 @@ def _check_order(lam_t: Level, lam_s: Level) -> None:
         return
     wrong = lam_s < lam_t
     if wrong if isinstance(wrong, bool) else bool(wrong.any()):
-        values = (f"{lam:.4g}" if isinstance(lam, float) else f"{lam.detach().flatten()[:3].tolist()}" for lam in (lam_s, lam_t))
+        values = (
+            f"{lam:.4g}" if isinstance(lam, float) else f"{lam.detach().flatten()[:3].tolist()}" for lam in (lam_s, lam_t)
+        )
         raise ValueError("`lam_s` must be at least `lam_t` (got {} < {}): pass the grid from noise to data".format(*values))
 
 

@@ -60,7 +60,8 @@ def trajectory(
     Arguments:
         denoiser: Conditions bound.
         x: Initial state (B, *) at log-SNR grid[0], float32 or float64.
-        grid: Log-SNRs from noise to data; may repeat or lower a level for transitions that make use of it.
+        grid: Log-SNRs from noise to data, rising; for transitions that revisit levels (`Churn`, `Langevin`) they may also
+            repeat or fall; falling throughout is inversion by an ODE solver, and noising by `Ancestral`.
         transition: What takes the steps; None is `Ancestral()`.
         noise: Where the noise comes from; None is torch's global generator.
         last: "mean" returns the mean of a final kernel at lam = +inf, "draw" draws from it.
@@ -72,8 +73,8 @@ def trajectory(
         raise ValueError(f"`last` must be 'mean' or 'draw' (got {last!r})")
     if not x.is_floating_point() or x.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"`x` must be float32 or float64 (got {x.dtype}): only the network runs in less")
-    lams = check_grid(grid, monotone=False)
     transition = Ancestral() if transition is None else transition
+    lams = check_grid(grid, revisits=transition.revisits, falling=True)
     memory = None
     yield State(x, lams[0], None)
     for index, (lam_t, lam_s) in enumerate(pairwise(lams)):
@@ -152,7 +153,8 @@ def generate(
     if device is None:
         tensor = next((t for t in (*denoiser.parameters(), *denoiser.buffers())), None)
         device = torch.device("cpu") if tensor is None else tensor.device
-    start = denoiser.process.prior(check_grid(grid, monotone=False)[0])
+    transition = Ancestral() if transition is None else transition
+    start = denoiser.process.prior(check_grid(grid, revisits=transition.revisits)[0])
     full = {name: _rows(name, value, n, device) for name, value in (cond or {}).items()}
     out = torch.empty(n, *shape, dtype=dtype, device=device)
     was_training = denoiser.training

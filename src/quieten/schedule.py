@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,10 +124,20 @@ class LinearBeta(Schedule):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, start: float = 1e-3):
         super().__init__()
-        if not (beta_max >= beta_min >= 0 and beta_max > 0 and 0 <= start < 1):
-            raise ValueError(f"`beta_min`, `beta_max`, `start` must satisfy 0 <= beta_min <= beta_max, 0 <= start < 1 "
-                             f"(got {beta_min}, {beta_max}, {start})")  # fmt: skip
+        if not (
+            0 <= start < 1 and beta_max > 0 and 0.5 * (beta_max - beta_min) * start + beta_min >= 0 and beta_max >= beta_min
+        ):
+            raise ValueError(
+                f"`beta_min` <= `beta_max` must make noise grow from `start` in [0, 1) (got {beta_min}, {beta_max}, {start})"
+            )
         self.beta_min, self.beta_d, self.start = beta_min, beta_max - beta_min, start
+
+    @classmethod
+    def between(cls, sigma_min: float, sigma_max: float, start: float = 1e-3) -> LinearBeta:
+        """The curve with sigma / alpha = sigma_min at t = start and sigma_max at t = 1."""
+        low, high = math.log1p(sigma_min**2) / start, math.log1p(sigma_max**2)
+        beta_d = 2.0 * (high - low) / (1.0 - start)
+        return cls(high - 0.5 * beta_d, high + 0.5 * beta_d, start)
 
     def forward(self, u: Tensor) -> Tensor:
         t = self.start + (1.0 - self.start) * u
@@ -135,7 +146,9 @@ class LinearBeta(Schedule):
     def inverse(self, lam: Tensor) -> Tensor:
         integral = nn.functional.softplus(-lam)  # = log(1 + sigma^2 / alpha^2)
         # 2 I / (b + sqrt(b^2 + 2 d I)) instead of a difference that cancels near the data
-        t = 2.0 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2.0 * self.beta_d * integral))
+        root = torch.sqrt(self.beta_min**2 + 2.0 * self.beta_d * integral)
+        t = 2.0 * integral / (self.beta_min + root) if self.beta_min >= 0 else (root - self.beta_min) / self.beta_d
+        t = torch.where(lam == math.inf, torch.zeros_like(t), t)
         return (t - self.start) / (1.0 - self.start)
 
 
@@ -197,7 +210,9 @@ class LogNormal(Schedule):
         return torch.special.ndtr((-0.5 * lam - self.mean) / self.std)
 
     def grid(self, steps: int, spacing: str = "uniform") -> Tensor:
-        raise ValueError("`LogNormal` is a density of training levels, without ends: sample on karras(steps, sigma_min, sigma_max)")
+        raise ValueError(
+            "`LogNormal` is a density of training levels, without ends: sample on karras(steps, sigma_min, sigma_max)"
+        )
 
 
 class Rectified(Schedule):
@@ -259,7 +274,9 @@ class Table(Schedule):
         super().__init__()
         lam = torch.as_tensor(lam, dtype=torch.float64)
         if lam.ndim != 1 or len(lam) < 2 or lam.isnan().any() or not (lam[1:] < lam[:-1]).all():
-            raise ValueError(f"`lam` must be a strictly decreasing vector of at least 2 log-SNRs (got shape {tuple(lam.shape)})")
+            raise ValueError(
+                f"`lam` must be a strictly decreasing vector of at least 2 log-SNRs (got shape {tuple(lam.shape)})"
+            )
         self.register_buffer("lam", lam, persistent=False)
 
     @classmethod
@@ -403,22 +420,35 @@ def corrected(grid: Tensor, times: int = 1) -> Tensor:
     return torch.repeat_interleave(grid.double(), torch.where(finite, times + 1, 1))
 
 
-def check_grid(grid: Any, monotone: bool = True) -> list[float]:
+def check_grid(grid: Any, revisits: bool = False, falling: bool = False) -> list[float]:
     """The levels of a grid as Python floats.
 
+    Arguments:
+        grid: Log-SNRs, from noise to data.
+        revisits: Allow levels to repeat or to fall, for transitions that make use of it.
+        falling: Allow a grid that falls throughout, from data to noise.
+
     Raises:
-        ValueError: If it is no vector of at least two levels, holds NaN, or (with `monotone`) does not rise strictly.
+        ValueError: If it is no vector of at least two levels, holds NaN, or does not rise strictly.
     """
-    lams = torch.as_tensor(grid, dtype=torch.float64).reshape(-1).tolist() if not hasattr(grid, "ndim") or grid.ndim == 1 else []
+    vector = torch.as_tensor(grid, dtype=torch.float64).detach()
+    lams = vector.tolist() if vector.ndim == 1 else []
     if len(lams) < 2 or any(math.isnan(lam) for lam in lams):
-        raise ValueError(f"`grid` must be a vector of at least 2 log-SNRs without NaN (got {_brief(grid)}): see Schedule.grid, karras")
-    if monotone and any(b <= a for a, b in zip(lams, lams[1:], strict=False)):
-        raise ValueError(f"`grid` must rise strictly, from noise to data (got {_brief(grid)}): sort it, drop duplicates")
+        raise ValueError(
+            f"`grid` must be a vector of at least 2 log-SNRs without NaN (got {_brief(vector)}): see Schedule.grid"
+        )
+    rises = all(a < b for a, b in pairwise(lams))
+    falls = falling and all(a > b for a, b in pairwise(lams))
+    if not (rises or falls or revisits):
+        raise ValueError(f"`grid` must rise strictly, from noise to data (got {_brief(vector)}): sort it, drop duplicates")
     return lams
 
 
-def _brief(grid: Any) -> str:
-    return f"shape {tuple(grid.shape)}" if getattr(grid, "ndim", 1) != 1 else str([round(float(g), 3) for g in list(grid)[:6]])
+def _brief(grid: Tensor) -> str:
+    if grid.ndim != 1:
+        return f"shape {tuple(grid.shape)}"
+    values = ", ".join(f"{lam:.4g}" for lam in grid[:6].tolist())
+    return f"[{values}{', ...' if len(grid) > 6 else ''}]"
 
 
 def _end_at_data(lam: Tensor) -> Tensor:

@@ -15,7 +15,16 @@ from .process import FLOW, VE, Process
 from .schedule import Power, Rectified, Schedule
 from .transition import Step, Transition
 
-__all__ = ["RK2", "RK4", "AdamsBashforth", "Euler", "Exponential", "Heun", "RungeKutta", "adams_bashforth_weights"]
+__all__ = [
+    "RK2",
+    "RK4",
+    "AdamsBashforth",
+    "Euler",
+    "Exponential",
+    "Heun",
+    "RungeKutta",
+    "adams_bashforth_weights",
+]
 
 
 class Coordinates(NamedTuple):
@@ -212,7 +221,9 @@ class AdamsBashforth(Transition):
         if order not in _CONSTANT:
             raise ValueError(f"`order` must be 1, 2, 3 or 4 (got {order!r})")
         if coefficients not in ("variable", "constant") or start not in ("ramp", "rk"):
-            raise ValueError(f"`coefficients` must be 'variable' or 'constant' and `start` 'ramp' or 'rk' (got {coefficients!r}, {start!r})")
+            raise ValueError(
+                f"`coefficients` must be 'variable' or 'constant' and `start` 'ramp' or 'rk' (got {coefficients!r}, {start!r})"
+            )
         self.order, self.coefficients, self.start = order, coefficients, start
         self.starter = RK4()
 

@@ -36,7 +36,13 @@ class Step:
 
 
 class Transition(nn.Module, ABC):
-    """From x_t to the distribution of x_s. Keeps no state: what a multistep method remembers travels in `memory`."""
+    """From x_t to the distribution of x_s. Keeps no state: what a multistep method remembers travels in `memory`.
+
+    Attributes:
+        revisits: Whether it gives a meaning to levels that repeat or fall within a rising grid.
+    """
+
+    revisits: bool = False
 
     @abstractmethod
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
@@ -75,7 +81,12 @@ class Ancestral(Transition):
     """
 
     def __init__(
-        self, eta: float = 1.0, spread: bool = True, clip: Clip | None = None, keep_eps: bool = False, range: bool = False
+        self,
+        eta: float = 1.0,
+        spread: bool = True,
+        clip: Clip | None = None,
+        keep_eps: bool = False,
+        range: bool = False,
     ):
         super().__init__()
         if not 0.0 <= eta <= 1.0:
@@ -123,6 +134,8 @@ class Churn(Transition):
         | https://arxiv.org/abs/2206.00364
     """
 
+    revisits = True
+
     def __init__(self, inner: Transition, s_noise: float = 1.0):
         super().__init__()
         if s_noise < 0:
@@ -137,7 +150,7 @@ class Churn(Transition):
 
 
 class Langevin(Transition):
-    r"""Corrects by Langevin dynamics where the grid repeats a level (see `corrected`), and steps with another transition elsewhere.
+    r"""Corrects by Langevin dynamics where the grid repeats a level (see `corrected`); another transition takes the steps.
 
     x + d s(x) + sqrt(2 d) z with d = 2 (snr sqrt(D) / ||s(x)||)^2 for each example on its own, so that the result does
     not depend on the batch; sqrt(D) is the norm of z to within 1 / (4 D).
@@ -150,6 +163,8 @@ class Langevin(Transition):
         | Score-Based Generative Modeling through SDEs (Song et al., 2021), algorithm 4
         | https://arxiv.org/abs/2011.13456
     """
+
+    revisits = True
 
     def __init__(self, inner: Transition | None = None, snr: float = 0.16):
         super().__init__()
@@ -164,7 +179,7 @@ class Langevin(Transition):
         alpha, sigma = (spread_over(s, x_t) for s in denoiser.process.scales(lam_t))
         score = (alpha * x0.mean - x_t) / (sigma * sigma)
         per_dim = score.square().flatten(1).mean(1)  # ||s||^2 / D, of shape (B,)
-        size = spread_over(2.0 * self.snr**2 / per_dim.clamp_min(_TINY), x_t)
+        size = (2.0 * self.snr**2 / per_dim.clamp_min(_TINY)).reshape(-1, *[1] * (x_t.ndim - 1))
         return Step(Gaussian(x_t + size * score, 2.0 * size), x0)
 
 

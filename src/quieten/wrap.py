@@ -114,7 +114,13 @@ class Extrapolated(Denoiser):
         super().__init__()
         if (null is None) == (weak is None):
             raise ValueError("give `null` (classifier-free guidance) or `weak` (autoguidance), one of them")
-        self.inner, self.scale, self.weak, self.process, self.shape = inner, scale, weak, inner.process, inner.shape
+        self.inner, self.scale, self.weak, self.process, self.shape = (
+            inner,
+            scale,
+            weak,
+            inner.process,
+            inner.shape,
+        )
         self.null = dict(null or {})
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:

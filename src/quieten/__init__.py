@@ -1,0 +1,43 @@
+"""Quieten: diffusion models with less noise. Everything is imported when it is first used (PEP 562)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0.dev0"
+
+_WHERE = {
+    "gaussian": ["POINT", "Gaussian"],
+    "process": ["FLOW", "VE", "VP", "Process"],
+    "noise": ["Draws", "Noise"],
+    "schedule": [
+        "Cosine", "Linear", "LinearBeta", "LogNormal", "Power", "Rectified", "Schedule", "Table",
+        "churned", "corrected", "karras",
+    ],
+    "denoiser": ["Denoiser", "Preconditioned", "convert", "edm", "iddpm", "ve", "vp"],
+    "wrap": ["Clipped", "Counted", "Extrapolated", "WithCovariance", "dynamic"],
+    "transition": ["Ancestral", "Churn", "Langevin", "Step", "Transition"],
+    "solver": ["RK2", "RK4", "AdamsBashforth", "Euler", "Exponential", "Heun", "RungeKutta"],
+    "sample": ["generate", "sample", "trajectory"],
+    "objective": ["Batch", "Denoising", "Objective", "Update"],
+    "oracle": ["FiniteData", "GaussianData", "MixtureData", "Oracle"],
+    "covariance": ["Unit"],
+}  # fmt: skip
+_EXPORTS = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _WHERE:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,193 @@
+r"""Objectives: what a denoiser is trained to minimise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Denoiser, form_coefficients
+from .gaussian import spread_over
+from .noise import Draws
+from .process import Process
+from .schedule import Schedule
+
+__all__ = [
+    "WEIGHTINGS",
+    "Batch",
+    "Denoising",
+    "Noised",
+    "Objective",
+    "Target",
+    "Update",
+    "edm_weighting",
+    "min_snr",
+]
+
+
+class Batch(NamedTuple):
+    """Training examples.
+
+    Attributes:
+        x0: Clean data (B, *).
+        index: Their places in the data set, int64 (B,).
+        cond: Conditions by name, each (B, ...).
+    """
+
+    x0: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    cond: dict[str, Tensor]
+
+
+class Noised(NamedTuple):
+    """One training example of each row: x_t = alpha x0 + sigma eps at log-SNR lam (B,); alpha and sigma broadcast to x0."""
+
+    x0: Tensor
+    eps: Tensor
+    x_t: Tensor
+    lam: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+
+Target = Callable[[Noised, Batch], tuple[Tensor, Tensor]]
+"""What the network regresses on: a pair (x0, eps) in place of the example's own, with x_t = alpha x0 + sigma eps."""
+
+Weighting = str | Callable[[Tensor], Tensor]
+
+
+def edm_weighting(sigma_data: float = 0.5) -> Callable[[Tensor], Tensor]:
+    """EDM's weight, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the squared error of x0 in VE."""
+    return lambda lam: 1.0 + torch.exp(-lam) / sigma_data**2
+
+
+def min_snr(gamma: float = 5.0) -> Callable[[Tensor], Tensor]:
+    """min(SNR, gamma) on the squared error of x0.
+
+    References:
+        | Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023), eq. 8
+        | https://arxiv.org/abs/2303.09556
+    """
+    return lambda lam: (gamma * torch.exp(-lam)).clamp_max(1.0)
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "simple": torch.ones_like,
+    "x0": lambda lam: torch.exp(-lam),
+    "v": lambda lam: 1.0 + torch.exp(-lam),
+    "flow": lambda lam: (1.0 + torch.exp(-0.5 * lam)).square(),
+    "edm": edm_weighting(),
+    "min-snr": min_snr(),
+}
+"""Weights on the squared error of eps as functions of lam; "likelihood", -d lam/du / 2, needs the schedule and is not here."""
+
+
+class Objective(nn.Module, ABC):
+    """A loss per example. Holds what is learned beside the denoiser."""
+
+    @abstractmethod
+    def forward(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Tensor:
+        """Losses (B,)."""
+
+
+class Denoising(Objective):
+    r"""Weighted regression of x0, whatever the network predicts.
+
+    The squared error is taken in the network's own form, where it is well scaled, and multiplied so that it equals
+    :math:`w(\lambda) \|\epsilon - \hat\epsilon\|^2`: every parameterisation minimises the same loss.
+
+    Arguments:
+        schedule: Levels are schedule(u) for u uniform in (0, 1), of low discrepancy.
+        weighting: A name in `WEIGHTINGS`, "likelihood" (the variational bound's, in nats per dimension), or lam -> weight.
+        target: What stands for (x0, eps); None is the example itself.
+        drop: Conditions to drop at random, name -> (probability, value that means "none"): trains classifier-free guidance.
+
+    Raises:
+        ValueError: For an unknown weighting, or a probability outside [0, 1].
+
+    References:
+        | Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation (Kingma, Gao, 2023), table 1
+        | https://arxiv.org/abs/2303.00848
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        weighting: Weighting = "simple",
+        target: Target | None = None,
+        drop: Mapping[str, tuple[float, int | float]] | None = None,
+    ):
+        super().__init__()
+        if isinstance(weighting, str) and weighting not in WEIGHTINGS and weighting != "likelihood":
+            raise ValueError(
+                f"`weighting` must be one of {', '.join([*WEIGHTINGS, 'likelihood'])} or a callable (got {weighting!r})"
+            )
+        for name, (probability, _) in (drop or {}).items():
+            if not 0 <= probability <= 1:
+                raise ValueError(f"`drop` probability of {name!r} must lie in [0, 1] (got {probability})")
+        self.schedule, self.weighting, self.target, self.drop = schedule, weighting, target, dict(drop or {})
+
+    def forward(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Tensor:
+        u = self.schedule.draw(draws).to(_level_dtype(batch.x0)).to(batch.x0.device)
+        if self.weighting == "likelihood":
+            lam, rate = self.schedule.rate(u)
+            weight = 0.5 * rate
+        else:
+            lam = self.schedule(u)
+            weight = (WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting)(lam)
+        noised = _noise(denoiser.process, batch.x0, lam, draws)
+        form = getattr(denoiser, "form", "x0")
+        p, q = form_coefficients(form, noised.alpha, noised.sigma)
+        with torch.no_grad():
+            x0, eps = (noised.x0, noised.eps) if self.target is None else self.target(noised, batch)
+        wanted = p * eps + q * x0
+        error = denoiser.predict(noised.x_t, lam, form, **self._dropped(batch.cond, draws)) - wanted
+        return weight.to(error) * self._in_eps(denoiser, lam).to(error) * error.square().flatten(1).mean(1)
+
+    def _in_eps(self, denoiser: Denoiser, lam: Tensor) -> Tensor:
+        """The factor (B,) from the network's own squared error to that of eps: (alpha / (p alpha - q sigma))^2."""
+        alpha, sigma = denoiser.process.scales(lam)
+        p, q = form_coefficients(getattr(denoiser, "form", "x0"), alpha, sigma)
+        return (alpha / (p * alpha - q * sigma)) ** 2
+
+    def _dropped(self, cond: Mapping[str, Tensor], draws: Draws) -> dict[str, Any]:
+        out = dict(cond)
+        for name, (probability, nothing) in self.drop.items():
+            if name not in out:
+                raise ValueError(
+                    f"`drop` names the condition {name!r}, which the batch does not have (it has {sorted(out) or 'none'})"
+                )
+            gone = (draws.uniform(f"drop {name}") < probability).to(out[name].device)
+            gone = gone.reshape(-1, *[1] * (out[name].ndim - 1))
+            out[name] = torch.where(gone, torch.full_like(out[name], nothing), out[name])
+        return out
+
+
+def _noise(process: Process, x0: Tensor, lam: Tensor, draws: Draws) -> Noised:
+    eps = draws.normal(x0, "eps")
+    alpha, sigma = (spread_over(s, x0) for s in process.scales(lam))
+    return Noised(x0, eps, alpha * x0 + sigma * eps, lam, alpha, sigma)  # type: ignore[arg-type]
+
+
+def _level_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+class Update(nn.Module):
+    """Everything that a training step differentiates: the only module that data parallelism wraps.
+
+    Arguments:
+        denoiser: Trained, unless its parameters are frozen.
+        objective: Its loss, with what it learns itself (a schedule, an encoder).
+    """
+
+    def __init__(self, denoiser: Denoiser, objective: Objective):
+        super().__init__()
+        self.denoiser, self.objective = denoiser, objective
+
+    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The losses of the batch (B,), under "loss"."""
+        return {"loss": self.objective(self.denoiser, batch, draws)}
