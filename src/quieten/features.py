@@ -1,0 +1,233 @@
+"""Images to features, and the moments of features: what every distance between sets of images starts from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .files import write_atomic
+
+__all__ = ["Extractor", "Statistics"]
+
+_BLOCK = 4096  # rows of features turned to float64 at a time
+
+
+@dataclass
+class Statistics:
+    """Mean and covariance of features, float64 on the CPU, gathered in one pass over any blocks.
+
+    `Statistics()` starts empty and takes its width from the first block.
+
+    Arguments:
+        mean: Mean of the features (F,).
+        covariance: Their unbiased covariance (F, F), divided by n - 1.
+        n: Number of samples; None where a file does not say.
+        extractor: Hash of the extractor that made the features, empty if unknown.
+    """
+
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    covariance: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    n: int | None = 0
+    extractor: str = ""
+
+    def __post_init__(self) -> None:
+        width = self.mean.shape[0] if self.mean.dim() == 1 else None
+        if width is None or tuple(self.covariance.shape) != (width, width):
+            shapes = f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
+            raise ValueError(
+                f"mean and covariance must be (F,) and (F, F), got {shapes}: pass a matching pair"
+            )
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all()):
+            raise ValueError("mean or covariance holds NaN or infinity: compute the statistics again")
+        self.mean = self.mean.to("cpu", torch.float64)
+        self.covariance = self.covariance.to("cpu", torch.float64)
+
+    @classmethod
+    def of(cls, features: Tensor, extractor: str = "") -> Statistics:
+        """Statistics of all rows of features (n, F)."""
+        return cls(extractor=extractor).update(features)
+
+    def update(self, features: Tensor) -> Statistics:
+        """Adds features (B, F) in place and returns self.
+
+        Blocks are merged by their means and scatters (Chan, Golub, LeVeque, 1979), which keeps its digits
+        where the mean is large beside the spread; sums of squares do not.
+
+        Raises:
+            ValueError: If features are not (B, F), of another width, or not finite.
+        """
+        if self.n is None:
+            raise ValueError("statistics of an unknown number of samples cannot be updated: give n to load()")
+        if features.dim() != 2 or (self.n > 0 and features.shape[1] != self.mean.shape[0]):
+            wanted = f"(B, {self.mean.shape[0]})" if self.n else "(B, F)"
+            raise ValueError(
+                f"features must be {wanted}, got {tuple(features.shape)}: use one extractor throughout"
+            )
+        for block in features.detach().split(_BLOCK):
+            self._merge(block.to("cpu", torch.float64))
+        return self
+
+    def _merge(self, block: Tensor) -> None:
+        if not torch.isfinite(block).all():
+            bad = int((~torch.isfinite(block).all(1)).sum())
+            raise ValueError(
+                f"features of {bad} of {len(block)} samples are NaN or infinite: look at those images"
+            )
+        if len(block) == 0:
+            return
+        if not self.n:
+            self.mean, self.covariance = (
+                block.new_zeros(block.shape[1]),
+                block.new_zeros((block.shape[1],) * 2),
+            )
+        n, b = self.n or 0, len(block)
+        block_mean = block.mean(0)
+        centred, shift = block - block_mean, block_mean - self.mean
+        scatter = self.covariance * max(n - 1, 0) + centred.T @ centred
+        scatter = torch.addr(scatter, shift, shift, alpha=n * b / (n + b))
+        self.mean = self.mean + shift * (b / (n + b))
+        self.covariance = scatter / max(n + b - 1, 1)
+        self.n = n + b
+
+    def save(self, path: str | Path) -> None:
+        """Writes an npz with `mu` and `sigma`, as pytorch-fid and EDM read them, plus `n` and `extractor`."""
+        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        arrays["extractor"] = np.array(self.extractor)
+        if self.n is not None:
+            arrays["n"] = np.int64(self.n)
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        write_atomic(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path, n: int | None = None) -> Statistics:
+        """Reads an npz with `mu` and `sigma`; pickles in it are refused.
+
+        Arguments:
+            path: File written by `save`, by pytorch-fid or by EDM.
+            n: Number of samples, where the file does not say.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # numpy raises half a dozen kinds for a damaged file
+            raise ValueError(
+                f"path {path} cannot be read as npz ({error}): write the statistics again"
+            ) from error
+        if not {"mu", "sigma"} <= arrays.keys():
+            keys = ", ".join(arrays) or "nothing"
+            raise ValueError(
+                f"path {path} must hold mu and sigma, it holds {keys}: write it with Statistics.save"
+            )
+        mean, covariance = (torch.from_numpy(np.asarray(arrays[k], np.float64)) for k in ("mu", "sigma"))
+        count = int(arrays["n"]) if "n" in arrays else n
+        return cls(mean, covariance, count, str(arrays.get("extractor", "")))
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Images to features, with a name and a hash that go into every result.
+
+    Arguments:
+        name: Name for people.
+        fn: Maps images (B, C, H, W) in [-1, 1] to features (B, F); any callable.
+        hash: SHA-256 of what defines it.
+        preprocessing: What happens to images on the way, in words.
+    """
+
+    name: str
+    fn: Callable[[Tensor], Tensor]
+    hash: str
+    preprocessing: str = "images in [-1, 1], as they are"
+
+    def extract(self, images: Tensor, batch: int = 256) -> Tensor:
+        """Features (N, F) on the CPU, of images (N, C, H, W) in [-1, 1], computed without gradients.
+
+        Raises:
+            ValueError: If images are integers or look like 0..255, or if fn does not return (B, F).
+        """
+        if not images.is_floating_point() or images.dim() < 2 or len(images) == 0:
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(
+                f"images must be floats (N, ...) in [-1, 1], got {got}: use pixels / 127.5 - 1 for bytes"
+            )
+        if (
+            images.detach().abs().max() > 16
+        ):  # free of false alarms: unclipped samples stray, but not that far
+            raise ValueError(f"images reach {float(images.abs().max()):.3g}: scale them to [-1, 1] first")
+        rows = []
+        with torch.no_grad():
+            for block in images.split(batch):
+                out = self.fn(block)
+                if out.dim() != 2 or len(out) != len(block):
+                    want = f"({len(block)}, F)"
+                    raise ValueError(
+                        f"extractor {self.name} must return {want}, got {tuple(out.shape)}: flatten it"
+                    )
+                rows.append(out.detach().cpu())
+        return torch.cat(rows)
+
+    @classmethod
+    def pixels(cls) -> Extractor:
+        """The images themselves, flattened: right for 8x8 digits, blind to what moves in larger images."""
+        return cls(
+            "pixels", lambda x: x.flatten(1), hashlib.sha256(b"pixels, flattened, [-1, 1]").hexdigest()
+        )
+
+    @classmethod
+    def from_classifier(
+        cls,
+        source: nn.Module | str | Path,
+        build: Callable[[], nn.Module] | None = None,
+        *,
+        name: str | None = None,
+        preprocessing: str = "images in [-1, 1], as they are",
+    ) -> Extractor:
+        """The layer before the output of a classifier: any module with a method `features(x)`.
+
+        Arguments:
+            source: The module (a frozen copy in eval mode is kept), or a safetensors file of its weights.
+            build: Makes the module to load a file into.
+            name: Name for people; the class or the file's stem by default.
+            preprocessing: What `features` expects, in words.
+        """
+        if isinstance(source, nn.Module):
+            module, digest, default = copy.deepcopy(source), _hash_module(source), type(source).__name__
+        else:
+            if build is None:
+                raise ValueError(f"build is needed to load {source}: pass a function that makes the module")
+            from safetensors.torch import load
+
+            data, module = Path(source).read_bytes(), build()
+            module.load_state_dict(
+                {k: v.float() if v.is_floating_point() else v for k, v in load(data).items()}
+            )
+            digest, default = hashlib.sha256(data).hexdigest(), Path(source).stem
+        features = getattr(module, "features", None)
+        if not callable(features):
+            raise ValueError(
+                f"{type(module).__name__} has no method features(x): add one that returns (B, F)"
+            )
+        module.eval().requires_grad_(False)
+        place = next(module.parameters(), torch.empty(0))
+        return cls(name or default, lambda x: features(x.to(place)), digest, preprocessing)
+
+
+def _hash_module(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of the state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
