@@ -120,7 +120,8 @@ class Gaussian:
         return x if self.basis is None else self.basis.forward(x)
 
     def _is_isotropic(self) -> bool:
-        return self.var.ndim == 0 or all(n == 1 for n in self.var.shape[1:])
+        per_example = self.var.ndim == self.mean.ndim and all(n == 1 for n in self.var.shape[1:])
+        return per_example or self.var.numel() == 1
 
     def _refuse_point(self, what: str) -> None:
         if self.is_point:

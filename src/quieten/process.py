@@ -35,7 +35,7 @@ class Process(ABC):
         """The distribution from which sampling starts at `lam`: N(0, sigma^2), of a shape that broadcasts to any state.
 
         Raises:
-            ValueError: If the process has no proper distribution at `lam` (VE at -inf).
+            ValueError: If the process has no proper distribution at `lam` (VE at -inf), or if `lam` has an axis.
         """
         _, sigma = self.scales(lam)
         return self._zero_mean(sigma * sigma)
@@ -125,7 +125,9 @@ class Process(ABC):
             if math.isinf(var):
                 raise ValueError(f"`lam` = -inf has no proper distribution in {self}: start from a finite log-SNR")
             var = scalar(var)
-        return Gaussian(torch.zeros((), dtype=var.dtype if var.ndim else None), var)
+        if var.ndim:
+            raise ValueError(f"`lam` must be a single level (got shape {tuple(var.shape)}): all examples share a prior")
+        return Gaussian(torch.zeros(()), var)
 
     def __repr__(self) -> str:
         return type(self).__name__.strip("_")
@@ -142,7 +144,7 @@ class _VP(Process):
 
     def prior(self, lam: Level) -> Gaussian:
         """N(0, 1) at every level: data of unit variance stay so."""
-        return self._zero_mean(lam * 0.0 + 1.0 if isinstance(lam, Tensor) else 1.0)
+        return self._zero_mean(torch.ones_like(lam) if isinstance(lam, Tensor) else 1.0)
 
 
 class _VE(Process):
@@ -199,9 +201,9 @@ def _sigmoid(x: Any) -> Any:
 
 def _gap(lam_s: Level, lam_t: Level) -> Any:
     """lam_s - lam_t, and 0 where both are the same infinity."""
-    if isinstance(lam_s, float) and isinstance(lam_t, float):
-        return 0.0 if lam_s == lam_t else lam_s - lam_t
     if isinstance(lam_s, float):
+        if isinstance(lam_t, float):
+            return 0.0 if lam_s == lam_t else lam_s - lam_t
         lam_s = torch.full_like(lam_t, lam_s)
     return torch.where(lam_s == lam_t, torch.zeros_like(lam_s), lam_s - lam_t)
 
@@ -238,5 +240,5 @@ def _plus(w: Level, b2: Level, v: Tensor, like: Tensor) -> Tensor:
     if v is POINT:
         return scalar(w) if isinstance(w, float) else spread_over(w, like)  # type: ignore[return-value]
     if isinstance(w, float) and isinstance(b2, float):
-        return torch.add(torch.as_tensor(w).to(v), v, alpha=b2) if v.ndim == 0 else torch.mul(v, b2).add_(w)
+        return torch.mul(v, b2).add_(w)
     return spread_over(w, like) + spread_over(b2, like) * v.to(like)
