@@ -98,8 +98,9 @@ class Noise:
 
     def uniform(self, step: int, tag: str = "") -> Tensor:
         """One uniform in (0, 1) per row: float64 (B,) on the CPU."""
-        bits = _shift(_mix_tensor(self._keys(step, tag, torch.device("cpu"))), 11)
-        return bits.to(torch.float64).add_(0.5).mul_(2.0**-53)
+        # the centres of 2^52 equal cells: with one bit more, adding 0.5 would round, the last cell to exactly 1
+        bits = _shift(_mix_tensor(self._keys(step, tag, torch.device("cpu"))), 12)
+        return bits.to(torch.float64).add_(0.5).mul_(2.0**-52)
 
     def _keys(self, step: int, tag: str, device: torch.device) -> Tensor:
         key = _mix(_mix(_mix(self.seed) ^ zlib.crc32(tag.encode())) ^ (step & _MASK))

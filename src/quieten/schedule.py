@@ -144,7 +144,7 @@ class LinearBeta(Schedule):
         return -torch.log(torch.expm1((0.5 * self.beta_d * t + self.beta_min) * t))
 
     def inverse(self, lam: Tensor) -> Tensor:
-        integral = nn.functional.softplus(-lam)  # = log(1 + sigma^2 / alpha^2)
+        integral = -nn.functional.logsigmoid(lam)  # = log(1 + sigma^2 / alpha^2); softplus drops digits beyond 20
         # 2 I / (b + sqrt(b^2 + 2 d I)) instead of a difference that cancels near the data
         root = torch.sqrt(self.beta_min**2 + 2.0 * self.beta_d * integral)
         t = 2.0 * integral / (self.beta_min + root) if self.beta_min >= 0 else (root - self.beta_min) / self.beta_d
@@ -312,9 +312,9 @@ class Table(Schedule):
         index = index.clamp(0, len(self) - 1)
         low = index.detach().floor().clamp(max=len(self) - 2).long()
         weight = index - low
-        # `lerp` from either side would turn an exact hit next to -inf into NaN
-        value = torch.lerp(table[low], table[low + 1], weight)
-        return torch.where(weight == 0, table[low], torch.where(weight == 1, table[low + 1], value))
+        top, bottom = table[low], table[low + 1]
+        # next to -inf, `lerp` would turn an exact hit into NaN; elsewhere its slope must survive at the entries
+        return torch.where(bottom.isinf(), torch.where(weight == 0, top, bottom), torch.lerp(top, bottom, weight))
 
     def index(self, lam: Tensor) -> Tensor:
         """The fractional index of lam: exact integers within 1e-3 of one, the ends outside the table."""
@@ -360,7 +360,8 @@ class Table(Schedule):
         elif spacing == "trailing":
             index = torch.round(n - k * (n / steps)) - 1
         elif spacing in ("linspace", "uniform"):
-            index = k * ((n - 1) / max(steps - 1, 1)) if steps > 1 else torch.tensor([n - 1.0], dtype=torch.float64)
+            index = k * ((n - 1) / (steps - 1)) if steps > 1 else torch.tensor([n - 1.0], dtype=torch.float64)
+            index.clamp_(max=n - 1)  # the product may round upward
             index = (index if spacing == "uniform" else index.round()).flip(0)
         elif spacing == "quadratic":
             index = torch.linspace(0, math.sqrt(0.8 * n), steps, dtype=torch.float64).square().floor().flip(0)
