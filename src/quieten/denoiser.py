@@ -50,12 +50,18 @@ def edm_form(sigma_data: float = 0.5) -> Form:
     return coefficients
 
 
+def _score_form(alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    if _is_zero(sigma):
+        raise ValueError("'score' is undefined at sigma=0: ask for it at a finite log-SNR")
+    return -1.0 / sigma, 0.0
+
+
 FORMS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
     "eps": lambda alpha, sigma: (1.0, 0.0),
     "x0": lambda alpha, sigma: (0.0, 1.0),
     "v": lambda alpha, sigma: (alpha, -sigma),
     "flow": lambda alpha, sigma: (1.0, -1.0),
-    "score": lambda alpha, sigma: (-1.0 / sigma, 0.0),
+    "score": _score_form,
     "edm": edm_form(0.5),  # type: ignore[dict-item]
 }
 """Every parameterisation as (p, q) in f = p eps + q x0."""
@@ -242,13 +248,13 @@ class Preconditioned(Denoiser):
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             out = self.net(x_in.to(dtype), t.to(dtype) if t.is_floating_point() else t, **cond)
         out = out.to(x.dtype)
-        if self.learned_range:
-            out, r = out.chunk(2, dim=1)
-            return out, (0.5 * r + 0.5).clamp_min(0.0)
-        if out.shape != x.shape:
+        if out.shape != ((len(x), 2 * x.shape[1], *x.shape[2:]) if self.learned_range else x.shape):
             raise ValueError(f"`net` returned shape {tuple(out.shape)} for states {tuple(x.shape)}: "
-                             "a network with twice the channels needs learned_range=True")  # fmt: skip
-        return out, POINT
+                             "learned_range=True is for networks with twice the channels, and only for them")  # fmt: skip
+        if not self.learned_range:
+            return out, POINT
+        out, r = out.chunk(2, dim=1)
+        return out, (0.5 * r + 0.5).clamp_min(0.0)
 
     def _check(self, x: Tensor, lam: Level) -> None:
         if not x.is_floating_point() or x.dtype in (torch.float16, torch.bfloat16):

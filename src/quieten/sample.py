@@ -71,8 +71,7 @@ def trajectory(
     """
     if last not in ("mean", "draw"):
         raise ValueError(f"`last` must be 'mean' or 'draw' (got {last!r})")
-    if not x.is_floating_point() or x.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"`x` must be float32 or float64 (got {x.dtype}): only the network runs in less")
+    _check_dtype("x", x.dtype)
     transition = Ancestral() if transition is None else transition
     lams = check_grid(grid, revisits=transition.revisits, falling=True)
     memory = None
@@ -148,6 +147,7 @@ def generate(
     shape = denoiser.shape if shape is None else tuple(shape)
     if shape is None:
         raise ValueError("`shape` of one sample is needed: this denoiser does not say it")
+    _check_dtype("dtype", dtype)
     if n < 0 or batch < 1:
         raise ValueError(f"`n` must not be negative and `batch` at least 1 (got {n}, {batch})")
     if device is None:
@@ -174,6 +174,11 @@ def generate(
     if bad:
         raise ValueError(f"{bad} of {n} samples are not finite: take more steps, a solver of lower order, or less guidance")
     return out
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`{name}` must be float32 or float64 (got {dtype}): only the network runs in less")
 
 
 def _rows(name: str, value: Any, n: int, device: torch.device | str) -> Tensor:
