@@ -137,7 +137,7 @@ class Denoising(Objective):
             weight = 0.5 * rate
         else:
             lam = self.schedule(u)
-            weight = (WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting)(lam)
+            weight = (WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting)(_finite(lam))
         noised = _noise(denoiser.process, batch.x0, lam, draws)
         form = getattr(denoiser, "form", "x0")
         p, q = form_coefficients(form, noised.alpha, noised.sigma)
@@ -145,7 +145,7 @@ class Denoising(Objective):
             x0, eps = (noised.x0, noised.eps) if self.target is None else self.target(noised, batch)
         wanted = p * eps + q * x0
         error = denoiser.predict(noised.x_t, lam, form, **self._dropped(batch.cond, draws)) - wanted
-        return weight.to(error) * self._in_eps(denoiser, lam).to(error) * error.square().flatten(1).mean(1)
+        return (weight * self._in_eps(denoiser, _finite(lam))).to(error) * error.square().flatten(1).mean(1)
 
     def _in_eps(self, denoiser: Denoiser, lam: Tensor) -> Tensor:
         """The factor (B,) from the network's own squared error to that of eps: (alpha / (p alpha - q sigma))^2."""
@@ -170,6 +170,11 @@ def _noise(process: Process, x0: Tensor, lam: Tensor, draws: Draws) -> Noised:
     eps = draws.normal(x0, "eps")
     alpha, sigma = (spread_over(s, x0) for s in process.scales(lam))
     return Noised(x0, eps, alpha * x0 + sigma * eps, lam, alpha, sigma)  # type: ignore[arg-type]
+
+
+def _finite(lam: Tensor) -> Tensor:
+    """lam, held where the weight and the factor of the form are at their limits: at -inf their product would be inf * 0."""
+    return lam.clamp_min(-60.0)
 
 
 def _level_dtype(x: Tensor) -> torch.dtype:
