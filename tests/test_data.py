@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from quieten import data
-from quieten.data import Dataset, Order, emoji, load, to_pixels
+from quieten import idx, pictures
+from quieten.data import Dataset, LazyImages, Order, emoji, load, to_pixels
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
-needs_emoji = pytest.mark.skipif(not data.EMOJI_FONT.exists(), reason="needs Debian's fonts-noto-color-emoji")
+needs_emoji = pytest.mark.skipif(not pictures.EMOJI_FONT.exists(), reason="needs Debian's fonts-noto-color-emoji")
 
 
 def picture(seed: int = 0, height: int = 12, width: int = 16) -> np.ndarray:
@@ -163,7 +163,7 @@ class TestNamed:
         for part, name in ((train, "train"), (test, "t10k")):
             content = bytes((0, 0, 8, 3)) + np.array(part.images[:, 0].shape, ">i4").tobytes()
             content += part.images.numpy().tobytes()
-            assert hashlib.sha256(content).hexdigest() == data.SHA256["fashion-mnist"][f"{name}-images-idx3-ubyte"]
+            assert hashlib.sha256(content).hexdigest() == idx.SHA256["fashion-mnist"][f"{name}-images-idx3-ubyte"]
 
     @needs_emoji
     def test_emoji(self) -> None:
@@ -210,7 +210,7 @@ class TestIdx:
             load(tmp_path, split="test")
 
     def test_search_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(data, "DEBIAN", tmp_path / "debian")
+        monkeypatch.setattr(idx, "DEBIAN", tmp_path / "debian")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("QUIETEN_DATA", str(tmp_path / "variable"))
         places = {
@@ -230,7 +230,7 @@ class TestIdx:
             assert (found.name, found.classes) == ("mnist", tuple("0123456789"))
 
     def test_missing_names_the_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(data, "DEBIAN", tmp_path)
+        monkeypatch.setattr(idx, "DEBIAN", tmp_path)
         with pytest.raises(ValueError, match="dataset-fashion-mnist.*download=True"):
             load("fashion-mnist")
 
@@ -262,19 +262,19 @@ class TestIdx:
 
     def test_download(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         mirror, cache = self.store(tmp_path / "mirror", end=".gz"), tmp_path / "cache"
-        monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
+        monkeypatch.setattr(idx, "DEBIAN", tmp_path / "none")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        monkeypatch.setitem(data.MIRRORS, "mnist", mirror.as_uri() + "/")
+        monkeypatch.setitem(idx.MIRRORS, "mnist", mirror.as_uri() + "/")
         with pytest.raises(ValueError, match="wrong content"):  # not MNIST's SHA-256
             load("mnist", download=True)
         assert not list(cache.rglob("*ubyte*"))
         sums = {p.stem: hashlib.sha256(gzip.decompress(p.read_bytes())).hexdigest() for p in mirror.iterdir()}
-        monkeypatch.setitem(data.SHA256, "mnist", sums)
+        monkeypatch.setitem(idx.SHA256, "mnist", sums)
         found = load("mnist", download=True)
         assert np.array_equal(found.images[:, 0], self.images)
         assert f"downloading {mirror.as_uri()}" in capsys.readouterr().err
         assert torch.equal(load("mnist").images, found.images)  # kept
-        monkeypatch.setitem(data.MIRRORS, "fashion-mnist", (tmp_path / "gone").as_uri() + "/")
+        monkeypatch.setitem(idx.MIRRORS, "fashion-mnist", (tmp_path / "gone").as_uri() + "/")
         with pytest.raises(ValueError, match="cannot be downloaded"):
             load("fashion-mnist", download=True)
 
@@ -519,9 +519,9 @@ class TestPictures:
                 for file in sorted((tmp_path / "pets").rglob("*.png")):
                     archive.write(file, file.relative_to(tmp_path))
         eager = load(path, size=8)
-        monkeypatch.setattr(data, "IN_MEMORY", 100)
+        monkeypatch.setattr(pictures, "IN_MEMORY", 100)
         lazy = load(path, size=8)
-        assert isinstance(lazy.images, data.LazyImages)
+        assert isinstance(lazy.images, LazyImages)
         assert (lazy.shape, lazy.classes, len(lazy)) == (eager.shape, eager.classes, len(eager))
         index = torch.tensor([39, 0, 7, 7])
         for one, other in zip(lazy.batch(index, flip=True), eager.batch(index, flip=True), strict=True):
@@ -534,7 +534,7 @@ class TestPictures:
             write(tmp_path / f"{k}.jpg", picture(k, 64, 64), quality=95)
         cut = tmp_path / "3.jpg"
         cut.write_bytes(cut.read_bytes()[:2000])
-        monkeypatch.setattr(data, "IN_MEMORY", 100)
+        monkeypatch.setattr(pictures, "IN_MEMORY", 100)
         lazy = load(tmp_path)  # the header is whole, so it shows later
         lazy.batch(torch.arange(3))
         with pytest.raises(ValueError, match=r"3\.jpg cannot be read"):
