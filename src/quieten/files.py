@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["write_atomic"]
+__all__ = ["sync_folder", "write_atomic", "writing"]
 
 
 def write_atomic(path: str | Path, data: bytes) -> Path:
@@ -29,3 +31,27 @@ def write_atomic(path: str | Path, data: bytes) -> Path:
         part.unlink(missing_ok=True)
         raise
     return path
+
+
+def sync_folder(path: str | Path) -> None:
+    """Makes renames within a folder durable, where the system knows how."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, intact: str = "what was there before is intact") -> Iterator[None]:
+    """Turns a failure to write into one line that says what to do.
+
+    Raises:
+        ValueError: In place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{path} cannot be written ({reason}): make room or name another folder; {intact}") from error

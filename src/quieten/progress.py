@@ -1,0 +1,75 @@
+"""Progress of training: a bar with speed and time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+__all__ = ["Progress"]
+
+LINE_EVERY = 15.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Progress:
+    """Shows how far training is, on standard error. A context manager.
+
+    Arguments:
+        total: Images in all.
+        done: Images shown before.
+        title: What is trained.
+        show: False says nothing at all.
+    """
+
+    def __init__(self, total: int, done: int, title: str, show: bool = True):
+        self.total, self.done, self.title, self.show = total, done, title, show
+        self.console = Console(stderr=True)
+        self.start, self.first, self.said, self.text = time.monotonic(), done, 0.0, ""
+        self.bar: Bar | None = None
+        if show and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            self.task = self.bar.add_task(title, total=total, completed=done, text="")
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, images: int, row: Mapping[str, Any] | None = None) -> None:
+        """Images shown so far, and a line of metrics when there is a new one."""
+        self.done = min(images, self.total)
+        if row is not None:
+            self.text = f"loss {row['loss']:.4f} {row['images_per_s']:.0f} images/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, text=self.text)
+        elif row is not None and (time.monotonic() - self.said > LINE_EVERY or self.done == self.total):
+            self.say(f"{self.title}: {self.done:,} of {self.total:,} images, {self.text}, {self._left()} left")
+            self.said = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if not self.show:
+            return
+        if self.bar is not None:
+            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        shown = self.done - self.first
+        if not shown:
+            return "unknown time"
+        seconds = round((time.monotonic() - self.start) / shown * (self.total - self.done))
+        minutes, hours = seconds // 60 % 60, seconds // 3600
+        return f"{hours}:{minutes:02}:{seconds % 60:02}"
