@@ -81,8 +81,8 @@ class Process(ABC):
             lam_t: Log-SNR of x_t, a float or a tensor of shape () or (B,).
             lam_s: Log-SNR of x_s; +inf asks for the data itself.
             eta: Share of the ancestral noise, from 0 (DDIM) to 1 (DDPM).
-            keep: When given, the estimate of x0 (B, *) that the noise in x_t is read from, while `x0` replaces the data
-                part only: mean = bridge(keep).mean + alpha_s (x0 - keep). Clipping in DDIM and DDPM as released does this.
+            keep: When given, the estimate of x0 (B, *) that the noise in x_t is read from, while `x0` is the data part
+                only: mean = alpha_s x0 + k (x_t - alpha_t keep). Clipping in DDIM as released does this.
 
         Raises:
             ValueError: If eta is outside [0, 1], or if eta > 0 and lam_s < lam_t somewhere.
@@ -95,9 +95,10 @@ class Process(ABC):
         """
         k, b, w, alpha_s = self.coefficients(lam_t, lam_s, eta)
         m, v, basis = _parts(x0)
-        mean = _combine(k, x_t, b, m if keep is None else keep)
-        if keep is not None:
-            mean = mean + spread_over(alpha_s, m) * (m - keep)
+        if keep is None:
+            mean = _combine(k, x_t, b, m)
+        else:  # not the kernel of `keep` plus a correction: an unclipped estimate is huge near pure noise
+            mean = _combine(k, x_t, alpha_s, m) - spread_over(k * self.scales(lam_t)[0], keep) * keep
         return Gaussian(mean, _plus(w, b * b, v, x_t), basis)
 
     def coefficients(self, lam_t: Level, lam_s: Level, eta: float = 1.0) -> tuple[Any, Any, Any, Any]:

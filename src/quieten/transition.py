@@ -69,7 +69,7 @@ class Ancestral(Transition):
         spread: Whether the variance of x0 counts.
         clip: Bound on the estimate of x0: a number c for [-c, c], or a map such as `dynamic()`. Variances of x0 are held
             below c^2, the largest that data in [-c, c] can have.
-        keep_eps: Read the noise from the estimate before it was clipped, as DDPM and DDIM do as released.
+        keep_eps: Read the noise from the estimate before it was clipped: DDIM as released does, DDPM does not.
         range: The denoiser reports f sigma_t^2 with f in [0, 1] (a `learned_range` network), and the kernel's variance is
             the geometric mean (sigma_{t|s}^2)^f w^{1 - f} of the large and the small one.
 
