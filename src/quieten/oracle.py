@@ -239,7 +239,7 @@ class FiniteData(Oracle):
         centre = self.points.to(x).flatten(1).mean(0)
         row = -0.5 * (flat - alpha * centre).square().sum(1, keepdim=True) / (sigma * sigma)
         d = flat.shape[1]
-        level = torch.as_tensor(sigma).log().reshape(-1)
+        level = torch.as_tensor(sigma, dtype=flat.dtype).log().reshape(-1)
         return (
             (self._logits(flat, lam) + row).logsumexp(1)
             - math.log(len(self.points))
