@@ -57,9 +57,10 @@ def open_source(source: str, weights: str = "ema", device: str | None = None) ->
     """A run, a model of the zoo, or a diffusers folder or hub id, ready to sample."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(source).expanduser()
-    if (path / "model_index.json").is_file() or not (source.startswith("zoo:") or path.exists() or source.count("/") != 1):
-        return _from_diffusers(source, where)
-    return _from_run(source, weights, where)
+    ours = source.startswith("zoo:") or path.suffix == ".safetensors" or (path / "config.yaml").is_file()
+    theirs = any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    hub_id = source.count("/") == 1 and not path.parent.is_dir()
+    return _from_diffusers(source, where) if not ours and (theirs or hub_id) else _from_run(source, weights, where)
 
 
 def _from_run(source: str, weights: str, device: str) -> Source:
@@ -82,7 +83,25 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         home=path / "samples" if path.is_dir() else Path(),
         classes=recipe.data.classes,
         null={"label": len(recipe.data.classes)} if recipe.data.classes else {},
-        defaults=(section.steps, section.transition.kind),
+        defaults=(section.steps, section.transition),
+    )
+
+
+def _from_diffusers(source: str, device: str) -> Source:
+    from .interop import from_diffusers
+
+    loaded = from_diffusers(source, device=device)
+    named = loaded.classes is not None
+    count = (loaded.classes or 0) - int("label" in loaded.null)
+    return Source(
+        loaded.denoiser,
+        loaded.grid,
+        home=Path(),
+        classes=tuple(map(str, range(count))) if named else (),
+        null=dict(loaded.null),
+        clip=loaded.clip is not None,
+        decode=loaded.codec.decode if loaded.codec else None,
+        prompt=loaded.prompt,
     )
 
 
