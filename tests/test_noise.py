@@ -8,6 +8,7 @@ import torch
 from helpers import refuses, within
 from quieten.noise import INITIAL, Draws, Noise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = [0, 1, -1, -(2**63), 2**31, 2**32, 2**63, 2**64 - 1, 12345678901234567890]
 N = 1 << 20
 

@@ -12,6 +12,7 @@ from quieten.noise import Noise
 from quieten.oracle import FiniteData, GaussianData, MixtureData, Oracle
 from quieten.process import FLOW, PROCESSES, VE, VP
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 INF = math.inf
 SHAPES = [(3,), (2, 2, 2)]
 
