@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +37,8 @@ __all__ = [
     "build_denoising",
     "build_grid",
     "build_objective",
+    "build_sampler",
     "build_schedule",
-    "build_transition",
     "load_data",
     "load_recipe",
     "parse_recipe",
@@ -70,6 +80,13 @@ def _part(name: str, value: Any) -> Any:
 
 def _of(name: str) -> BeforeValidator:
     return BeforeValidator(functools.partial(_part, name))
+
+
+def _objective(kind: str) -> str:
+    from .parts import find
+
+    find("objective", kind)
+    return kind
 
 
 class _Section(BaseModel):
@@ -123,7 +140,7 @@ class ObjectiveSection(_Section):
         drop: Probability that a label is replaced by "no class", which trains guidance.
     """
 
-    kind: str = "denoising"
+    kind: Annotated[str, AfterValidator(_objective)] = "denoising"
     schedule: Annotated[Part, _of("schedule")] = Part(kind="cosine", lam_max=10.0, lam_min=-10.0)  # type: ignore[call-arg]
     weighting: Annotated[Part, _of("weighting")] = Part(kind="v")
     drop: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -174,6 +191,7 @@ class Sample(_Section):
 
     Attributes:
         grid: Levels; see `build_grid`.
+        transition: A name in `samplers.SAMPLERS`, with its options.
         scale: Strength of guidance without a classifier; 1 for none.
     """
 
@@ -243,7 +261,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     elif path.suffix in (".yaml", ".yml"):
         content = _read(path)
     elif path.exists():
-        content = _for_data(path)
+        from .guess import guess
+
+        content = guess(path)
     else:
         from .parts import nearest
 
@@ -313,11 +333,6 @@ def _set(content: Any, overrides: Sequence[str]) -> Any:
                 raise ValueError(f"`--set {override}`: {key!r} holds the value {place!r}, not a section")
         place[keys[-1]] = value
     return content
-
-
-def _for_data(path: Path) -> dict[str, Any]:
-    """A recipe that suits a data set: sizes that the network can halve, and a longer EMA for more images."""
-    return {"version": 1, "name": path.resolve().stem, "data": {"name": str(path.resolve())}}
 
 
 # ---- building what it says
@@ -419,9 +434,9 @@ def build_grid(recipe: Recipe, steps: int | None = None, schedule: Schedule | No
     return build("grid", grid.kind, grid.options, steps=steps, schedule=curve)
 
 
-def build_transition(recipe: Recipe) -> Transition:
-    """What takes the sampling steps."""
-    from .parts import build
+def build_sampler(recipe: Recipe, steps: int | None = None, schedule: Schedule | None = None) -> tuple[Transition, Tensor]:
+    """What takes the sampling steps, and the grid it runs on; arguments as in `build_grid`."""
+    from .samplers import sampler
 
-    transition = recipe.sample.transition
-    return build("transition", transition.kind, transition.options)
+    chosen = recipe.sample.transition
+    return sampler(chosen.kind, build_grid(recipe, steps, schedule), **chosen.options)

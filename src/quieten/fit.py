@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from .config import Recipe, Train, build_grid, build_transition, load_data, load_recipe, resolve, with_overrides
+from .config import Recipe, Train, build_sampler, load_data, load_recipe, resolve, with_overrides
 from .data import Dataset, Order
 from .denoiser import Preconditioned
 from .files import write_atomic, writing
@@ -32,6 +32,9 @@ __all__ = ["Summary", "fit", "train"]
 
 Row = dict[str, Any]
 
+HOPELESS = 50
+"""Steps in a row without a finite loss after which `on_nan: skip` gives up."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -40,7 +43,7 @@ class Summary:
     Attributes:
         step: Optimiser steps taken in all.
         images: Examples shown in all.
-        loss: Mean loss since the last line of metrics but one; NaN before the first.
+        loss: As the last line of metrics has it; NaN if this session wrote none.
         seconds: Time spent training, earlier sessions included.
         done: Whether all images of the recipe were shown; False after Ctrl-C.
         message: One line for people.
@@ -227,29 +230,33 @@ class _Session:
             return alone and stop.is_set()
         if first_bad := self.tally.first_bad():
             self._report_bad(first_bad)
-        if due:
-            now = time.monotonic()
-            row: Row = {"step": self.step, "images": self.images, **self.tally.means()}
-            row["lr"] = self.optimizer.param_groups[0]["lr"]
-            row["images_per_s"] = (self.step - self.read_step) * self.plan.batch / (now - self.read_at)
-            row["seconds"] = self.seconds
-            self.loss, self.read_at, self.read_step = row["loss"], now, self.step
-            self._log(row)
-        self.progress.update(self.images, row if due else None)
         stopping = self.tally.stopping()
-        if due:
-            self.tally.clear()
+        means = self.tally.means(self.step - self.read_step) if due else {}
+        self.progress.update(self.images, self._log(means) if means else None)
         return stopping or (alone and stop.is_set())
+
+    def _log(self, means: Mapping[str, float]) -> Row:
+        """Writes a line of metrics and starts counting afresh."""
+        now = time.monotonic()
+        row: Row = {
+            "step": self.step,
+            "images": self.images,
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": (self.step - self.read_step) * self.plan.batch / (now - self.read_at),
+            "seconds": self.seconds,
+        }
+        self.loss, self.read_at, self.read_step = row["loss"], now, self.step
+        self.tally.clear()
+        if self.is_main:
+            self.run.log(row)
+            for callback in self.callbacks:
+                callback(row)
+        return row
 
     def _crossed(self, every: int | None) -> bool:
         """Whether this step passed a multiple of so many images."""
         return every is not None and self.images // every > (self.images - self.plan.batch) // every
-
-    def _log(self, row: Row) -> None:
-        if self.is_main:
-            self.run.log({name: None if value != value else value for name, value in row.items()})  # JSON has no NaN
-            for callback in self.callbacks:
-                callback(row)
 
     # -- what happens now and then
 
@@ -268,7 +275,7 @@ class _Session:
         recipe, classes, n = self.run.recipe, len(self.run.recipe.data.classes), self.plan.previews
         label = {"label": torch.arange(n, device=self.device) % classes} if classes else None
         schedule = getattr(self.ema.objective, "schedule", None)
-        grid, transition = build_grid(recipe, schedule=schedule), build_transition(recipe)
+        transition, grid = build_sampler(recipe, schedule=schedule)
         try:
             x = generate(self.ema.denoiser, n, grid=grid, transition=transition, cond=label, seed=self.plan.seed)
         except ValueError as error:  # such as samples that are not finite yet: no reason to end training
@@ -293,7 +300,6 @@ class _Session:
         if self.plan.on_nan == "stop":
             raise ValueError(f"{line}; the last checkpoint is intact: go on with a smaller train.lr, or train.on_nan=skip")
         self.progress.say(f"{line}; the step was skipped")
-        self._log({"step": step, "skipped": guilty.tolist(), "loss": math.nan})
 
     @torch.no_grad()
     def _not_finite(self, batch: Batch, positions: Tensor, step: int) -> Tensor:
@@ -340,10 +346,18 @@ class _Tally:
             self.sums[3] = 0
         return step
 
-    def means(self) -> dict[str, float]:
-        """Mean loss and norm of the gradient since the last `clear`; NaN if every step was bad."""
+    def means(self, steps: int) -> dict[str, float]:
+        """Mean loss and norm of the gradient of the last `steps` steps, and how many were skipped; {} if all were.
+
+        Raises:
+            ValueError: If all were, and they are many: training goes nowhere.
+        """
         loss, norm, count = self.sums[:3].tolist()
-        return {"loss": loss / count if count else math.nan, "grad_norm": norm / count if count else math.nan}
+        if not count and steps >= HOPELESS:
+            raise ValueError(f"none of the last {steps} steps had a finite loss: look at the saved batches, lower train.lr")
+        if not count:
+            return {}
+        return {"loss": loss / count, "grad_norm": norm / count} | ({"skipped": round(steps - count)} if count < steps else {})
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop."""
@@ -434,7 +448,7 @@ def _key(*numbers: int) -> int:
 
 def _accelerator() -> Accelerator:
     # Accelerate only brings devices and processes: its mixed precision would round targets and kernels too
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
 
 

@@ -17,8 +17,8 @@ from pydantic.errors import PydanticSchemaGenerationError
 from torch import Tensor
 
 from .objective import Weighting, edm_weighting, min_snr
+from .samplers import SAMPLERS
 from .schedule import Schedule, Table, karras
-from .transition import Ancestral
 
 __all__ = ["PARTS", "Builder", "build", "check_options", "explain", "nearest", "register"]
 
@@ -46,12 +46,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
     },
     "objective": {"denoising": "config:build_denoising"},
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
-    "transition": {
-        "ddim": functools.partial(Ancestral, 0.0, spread=False),
-        "ddpm": functools.partial(Ancestral, 1.0, spread=False),
-        "heun": "solver:Heun",
-        "dpm++": "solver:Exponential",
-    },
+    "transition": {name: entry.make for name, entry in SAMPLERS.items()},
 }
 """Part of a recipe -> kind -> builder: a callable, or "module:name" in this package, imported when it is first used.
 
@@ -94,7 +89,7 @@ def find(part: str, kind: str) -> Builder:
     if isinstance(builder, str):
         module, name = builder.split(":")
         builder = getattr(importlib.import_module(f".{module}", __package__), name)
-    return builder  # type: ignore[return-value]
+    return builder
 
 
 def check_options(part: str, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,8 +152,8 @@ def explain(error: ValidationError, where: str, fields: Callable[[tuple[Any, ...
     if first["type"] == "missing":
         return f"`{key}` is missing in {where}: give it a value"
     if first["type"] == "value_error":
-        return f"`{key}`: {first['ctx']['error']}"
-    message = first["msg"].replace("Input should be", "must be").split(",")[0]
+        return f"`{key}`: {first['ctx']['error']}" if key else f"{first['ctx']['error']} in {where}"
+    message = first["msg"].replace("Input should be", "must be").split(", unable")[0]
     return f"`{key}` {message} (got {first['input']!r}) in {where}"
 
 

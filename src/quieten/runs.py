@@ -148,7 +148,7 @@ class Run:
         folder = self.latest()
         if folder is None:
             return None
-        remedy = f"remove {folder} to go on from the checkpoint before it, if there is one"
+        remedy = f"restore it from a copy, or remove {folder} to train from the start"
         model, ema = (read_tensors(folder / f"{name}.safetensors", remedy)[0] for name in WEIGHTS)
         file = folder / "optimizer.pt"
         try:
@@ -166,7 +166,8 @@ class Run:
         state = self.path / "state"
         folder, part = state / f"step-{checkpoint.step:09d}", state / f".part-{checkpoint.step:09d}"
         with writing(folder, f"the checkpoint before it in {state} is intact"):
-            shutil.rmtree(part, ignore_errors=True)
+            for left in state.glob(".part-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             try:
                 part.mkdir(parents=True)
                 for name in WEIGHTS:
