@@ -13,6 +13,7 @@ from quieten.gaussian import POINT, spread_over
 from quieten.process import FLOW, PROCESSES, VE, VP
 from quieten.schedule import Table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 INF = math.inf
 NAMES = [*FORMS, "callable"]
 CALLABLE = edm_form(1.3)

@@ -11,6 +11,7 @@ from helpers import refuses, within
 from quieten.gaussian import POINT, Gaussian, scalar, spread_over
 from quieten.oracle import Rotation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(4,), (2, 3, 2)]
 
 

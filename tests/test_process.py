@@ -17,6 +17,7 @@ from quieten.schedule import Table
 from quieten.transition import Ancestral
 from quieten.wrap import WithCovariance
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ETAS = [0.0, 0.5, 1.0]
 INF = math.inf
 processes = pytest.mark.parametrize("process", list(PROCESSES.values()), ids=list(PROCESSES))

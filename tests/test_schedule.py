@@ -24,6 +24,7 @@ from quieten.schedule import (
     karras,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 INF = math.inf
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 SCHEDULES = {

@@ -17,6 +17,7 @@ from quieten.solver import Heun
 from quieten.transition import Ancestral
 from quieten.wrap import Clipped, Counted, Extrapolated, WithCovariance, clip, dynamic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NULL = 10
 
 
