@@ -225,10 +225,11 @@ def test_the_network_sees_its_scaled_input_and_its_time():
     torch.testing.assert_close(net.x, x / math.sqrt(sigma**2 + 0.25))
     torch.testing.assert_close(net.t, torch.full((3,), math.log(sigma) / 4, dtype=torch.float64))
     table = Table.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-    d = Preconditioned(net, VP, "eps", table.index)
-    for lam in (table.lam[37].item(), table.lam[[37, 37, 37]], table.lam[[37, 37, 37]].float()):
-        d(x, lam)
-        assert net.t.tolist() == [37.0, 37.0, 37.0]
+    for embed in (table, table.index):
+        d = Preconditioned(net, VP, "eps", embed)
+        for lam in (table.lam[37].item(), table.lam[[37, 37, 37]], table.lam[[37, 37, 37]].float()):
+            d(x, lam)
+            assert net.t.tolist() == [37.0, 37.0, 37.0]
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4])
