@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +44,7 @@ class Statistics:
         width = self.mean.shape[0] if self.mean.dim() == 1 else None
         if width is None or tuple(self.covariance.shape) != (width, width):
             shapes = f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
-            raise ValueError(
-                f"mean and covariance must be (F,) and (F, F), got {shapes}: pass a matching pair"
-            )
+            raise ValueError(f"mean and covariance must be (F,) and (F, F), got {shapes}: pass a matching pair")
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all()):
             raise ValueError("mean or covariance holds NaN or infinity: compute the statistics again")
         self.mean = self.mean.to("cpu", torch.float64)
@@ -69,9 +68,7 @@ class Statistics:
             raise ValueError("statistics of an unknown number of samples cannot be updated: give n to load()")
         if features.dim() != 2 or (self.n > 0 and features.shape[1] != self.mean.shape[0]):
             wanted = f"(B, {self.mean.shape[0]})" if self.n else "(B, F)"
-            raise ValueError(
-                f"features must be {wanted}, got {tuple(features.shape)}: use one extractor throughout"
-            )
+            raise ValueError(f"features must be {wanted}, got {tuple(features.shape)}: use one extractor throughout")
         for block in features.detach().split(_BLOCK):
             self._merge(block.to("cpu", torch.float64))
         return self
@@ -79,9 +76,7 @@ class Statistics:
     def _merge(self, block: Tensor) -> None:
         if not torch.isfinite(block).all():
             bad = int((~torch.isfinite(block).all(1)).sum())
-            raise ValueError(
-                f"features of {bad} of {len(block)} samples are NaN or infinite: look at those images"
-            )
+            raise ValueError(f"features of {bad} of {len(block)} samples are NaN or infinite: look at those images")
         if len(block) == 0:
             return
         if not self.n:
@@ -122,14 +117,10 @@ class Statistics:
         except FileNotFoundError:
             raise
         except Exception as error:  # numpy raises half a dozen kinds for a damaged file
-            raise ValueError(
-                f"path {path} cannot be read as npz ({error}): write the statistics again"
-            ) from error
+            raise ValueError(f"path {path} cannot be read as npz ({error}): write the statistics again") from error
         if not {"mu", "sigma"} <= arrays.keys():
             keys = ", ".join(arrays) or "nothing"
-            raise ValueError(
-                f"path {path} must hold mu and sigma, it holds {keys}: write it with Statistics.save"
-            )
+            raise ValueError(f"path {path} must hold mu and sigma, it holds {keys}: write it with Statistics.save")
         mean, covariance = (torch.from_numpy(np.asarray(arrays[k], np.float64)) for k in ("mu", "sigma"))
         count = int(arrays["n"]) if "n" in arrays else n
         return cls(mean, covariance, count, str(arrays.get("extractor", "")))
@@ -159,12 +150,8 @@ class Extractor:
         """
         if not images.is_floating_point() or images.dim() < 2 or len(images) == 0:
             got = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(
-                f"images must be floats (N, ...) in [-1, 1], got {got}: use pixels / 127.5 - 1 for bytes"
-            )
-        if (
-            images.detach().abs().max() > 16
-        ):  # free of false alarms: unclipped samples stray, but not that far
+            raise ValueError(f"images must be floats (N, ...) in [-1, 1], got {got}: use pixels / 127.5 - 1 for bytes")
+        if images.detach().abs().max() > 16:  # free of false alarms: unclipped samples stray, but not that far
             raise ValueError(f"images reach {float(images.abs().max()):.3g}: scale them to [-1, 1] first")
         rows = []
         with torch.no_grad():
@@ -172,18 +159,14 @@ class Extractor:
                 out = self.fn(block)
                 if out.dim() != 2 or len(out) != len(block):
                     want = f"({len(block)}, F)"
-                    raise ValueError(
-                        f"extractor {self.name} must return {want}, got {tuple(out.shape)}: flatten it"
-                    )
+                    raise ValueError(f"extractor {self.name} must return {want}, got {tuple(out.shape)}: flatten it")
                 rows.append(out.detach().cpu())
         return torch.cat(rows)
 
     @classmethod
     def pixels(cls) -> Extractor:
         """The images themselves, flattened: right for 8x8 digits, blind to what moves in larger images."""
-        return cls(
-            "pixels", lambda x: x.flatten(1), hashlib.sha256(b"pixels, flattened, [-1, 1]").hexdigest()
-        )
+        return cls("pixels", lambda x: x.flatten(1), hashlib.sha256(b"pixels, flattened, [-1, 1]").hexdigest())
 
     @classmethod
     def from_classifier(
@@ -210,18 +193,34 @@ class Extractor:
             from safetensors.torch import load
 
             data, module = Path(source).read_bytes(), build()
-            module.load_state_dict(
-                {k: v.float() if v.is_floating_point() else v for k, v in load(data).items()}
-            )
+            module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load(data).items()})
             digest, default = hashlib.sha256(data).hexdigest(), Path(source).stem
         features = getattr(module, "features", None)
         if not callable(features):
-            raise ValueError(
-                f"{type(module).__name__} has no method features(x): add one that returns (B, F)"
-            )
+            raise ValueError(f"{type(module).__name__} has no method features(x): add one that returns (B, F)")
         module.eval().requires_grad_(False)
         place = next(module.parameters(), torch.empty(0))
         return cls(name or default, lambda x: features(x.to(place)), digest, preprocessing)
+
+    @classmethod
+    def zoo(cls, name: str) -> Extractor:
+        """A classifier that comes with the library, trained on the data set of that name.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        from safetensors import safe_open
+
+        from .nets import Classifier
+
+        folder = Path(__file__).parent / "zoo" / "classifiers"
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
+            raise ValueError(f"no classifier {name!r} comes with the library (known: {known}): use Extractor.from_classifier")
+        with safe_open(path, "pt") as file:
+            options = json.loads(file.metadata()["options"])
+        return cls.from_classifier(path, lambda: Classifier(**options), name=f"zoo classifier of {name}")
 
 
 def _hash_module(module: nn.Module) -> str:
