@@ -193,7 +193,7 @@ class Preconditioned(Denoiser):
         net: Called as net(x, t, **cond); returns the shape of x, or twice the channels with `learned_range`.
         process: Forward process of the states.
         form: What the network predicts.
-        embed: lam (B,) to the network's own time (B,).
+        embed: lam (B,) to the network's own time (B,); a `Table` stands for its `index`, without tensors in the loop.
         sigma_data: Standard deviation of the data in the input scaling; None leaves the input alone.
         learned_range: The network emits a second half of channels, r in [-1, 1]; the variance is then (r + 1) / 2 sigma^2,
             of which `Ancestral(range=True)` makes the kernel's.
@@ -210,7 +210,7 @@ class Preconditioned(Denoiser):
         net: nn.Module,
         process: Process = VP,
         form: Form = "v",
-        embed: Callable[[Tensor], Tensor] = lambda lam: -lam / 8,
+        embed: Callable[[Tensor], Tensor] | Table = lambda lam: -lam / 8,
         *,
         sigma_data: float | None = None,
         learned_range: bool = False,
@@ -219,13 +219,18 @@ class Preconditioned(Denoiser):
     ):
         super().__init__()
         form_coefficients(form, 0.6, 0.8)  # refuses unknown names at once
-        self.net, self.process, self.form, self.embed = net, process, form, embed
+        self.net, self.process, self.form = net, process, form
+        # not the table itself: as a submodule it would lose its digits in denoiser.half()
+        self.embed: Callable[[Any], Any] = embed.index if isinstance(embed, Table) else embed
+        self._takes_floats = isinstance(embed, Table)
         self.sigma_data, self.learned_range, self.autocast = sigma_data, learned_range, autocast
         self.shape = tuple(shape) if shape is not None else None
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         out, var = self._call(x, lam, cond)
-        alpha, sigma = (spread_over(s, x) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales(lam)
+        if isinstance(lam, Tensor):
+            alpha, sigma = spread_over(alpha, x), spread_over(sigma, x)
         if var is not POINT:
             var = var * (sigma * sigma)
         return Gaussian(convert(out, x, self.form, "x0", alpha, sigma), var)
@@ -243,11 +248,17 @@ class Preconditioned(Denoiser):
         if self.sigma_data is not None:
             alpha, sigma = self.process.scales(lam)
             x_in = x * spread_over((sigma * sigma + self.sigma_data**2 * alpha * alpha) ** -0.5, x)
-        t = self.embed(levels(lam, x))
-        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            out = self.net(x_in.to(dtype), t.to(dtype) if t.is_floating_point() else t, **cond)
-        out = out.to(x.dtype)
+        net = self.net
+        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), x.dtype)
+        t = self._time(lam, x, torch.promote_types(dtype, torch.float32))  # in bfloat16 the index 999 would be 1000
+        x_in = x_in if dtype == x.dtype else x_in.to(dtype)
+        if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
+            out = net(x_in, t, **cond)  # entering a disabled autocast would cost as much as a pass over a small state
+        else:
+            with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+                out = net(x_in, t, **cond)
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
         if out.shape != ((len(x), 2 * x.shape[1], *x.shape[2:]) if self.learned_range else x.shape):
             raise ValueError(f"`net` returned shape {tuple(out.shape)} for states {tuple(x.shape)}: "
                              "learned_range=True is for networks with twice the channels, and only for them")  # fmt: skip
@@ -255,6 +266,13 @@ class Preconditioned(Denoiser):
             return out, POINT
         out, r = out.chunk(2, dim=1)
         return out, (0.5 * r + 0.5).clamp_min(0.0)
+
+    def _time(self, lam: Level, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The network's time (B,), in the given dtype unless it is a whole number."""
+        if self._takes_floats and isinstance(lam, float):
+            return torch.full((len(x),), self.embed(lam), dtype=dtype, device=x.device)
+        t = self.embed(levels(lam, x))
+        return t.to(dtype) if t.is_floating_point() else t
 
     def _check(self, x: Tensor, lam: Level) -> None:
         if not x.is_floating_point() or x.dtype in (torch.float16, torch.bfloat16):

@@ -81,6 +81,7 @@ def trajectory(
         memory = step.memory
         x = draw(step, index, noise, mean=lam_s == math.inf and last == "mean")
         yield State(x, lam_s, step)
+        del step  # so that the next step can be computed in its memory
 
 
 @torch.no_grad()
@@ -103,9 +104,10 @@ def sample(
         >>> sample(data, x, karras(10)).shape
         torch.Size([4, 2])
     """
-    for state in trajectory(denoiser, x, grid, transition, noise=noise, last=last):  # noqa: B007
-        pass
-    return state.x
+    for state in trajectory(denoiser, x, grid, transition, noise=noise, last=last):
+        x = state.x
+        del state  # its step's memory is free for the next
+    return x
 
 
 def generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -278,6 +279,7 @@ class Table(Schedule):
                 f"`lam` must be a strictly decreasing vector of at least 2 log-SNRs (got shape {tuple(lam.shape)})"
             )
         self.register_buffer("lam", lam, persistent=False)
+        self._rising: list[float] = (-lam).tolist()
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> Table:
@@ -316,8 +318,10 @@ class Table(Schedule):
         # next to -inf, `lerp` would turn an exact hit into NaN; elsewhere its slope must survive at the entries
         return torch.where(bottom.isinf(), torch.where(weight == 0, top, bottom), torch.lerp(top, bottom, weight))
 
-    def index(self, lam: Tensor) -> Tensor:
-        """The fractional index of lam: exact integers within 1e-3 of one, the ends outside the table."""
+    def index(self, lam: Any) -> Any:
+        """The fractional index of lam: exact integers within 1e-3 of one, the ends outside the table; float for float."""
+        if isinstance(lam, float):
+            return self._index(lam)
         table = self.lam.to(device=lam.device)
         wide = lam.double()
         low = (torch.searchsorted(-table, -wide.contiguous(), right=True) - 1).clamp(0, len(self) - 2)
@@ -327,6 +331,14 @@ class Table(Schedule):
         index = low + share
         nearest = index.round()
         return torch.where((index - nearest).abs() < 1e-3, nearest, index).to(lam)
+
+    def _index(self, lam: float) -> float:
+        """`index` of a float, for the sampling loop, where twenty operations on one number would cost more than the state."""
+        low = min(max(bisect_right(self._rising, -lam) - 1, 0), len(self._rising) - 2)
+        top, bottom = -self._rising[low], -self._rising[low + 1]
+        share = float(lam == bottom) if math.isinf(bottom) else min(max((top - lam) / (top - bottom), 0.0), 1.0)
+        nearest = round(low + share)
+        return float(nearest) if abs(low + share - nearest) < 1e-3 else low + share
 
     def nearest(self, lam: Tensor) -> Tensor:
         """The index of the entry whose sigma / alpha is nearest, as a network without fractional times needs it."""
@@ -364,7 +376,7 @@ class Table(Schedule):
             index.clamp_(max=n - 1)  # the product may round upward
             index = (index if spacing == "uniform" else index.round()).flip(0)
         elif spacing == "quadratic":
-            index = torch.linspace(0, math.sqrt(0.8 * n), steps, dtype=torch.float64).square().floor().flip(0)
+            index = torch.linspace(math.sqrt(0.8 * n), 0, steps, dtype=torch.float64).square().floor()
         else:
             names = "'leading', 'trailing', 'linspace', 'uniform', 'quadratic'"
             raise ValueError(f"`spacing` must be one of {names} (got {spacing!r})")

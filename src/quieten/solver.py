@@ -280,9 +280,10 @@ class Exponential(Transition):
             return Step(denoiser.process.bridge(x0.mean, x_t, lam_t, lam_s, self.eta), x0)
         history = ((lam_t, x0.mean), *(memory or ()))[: self.order]
         weights = _extrapolation([0.5 * lam for lam, _ in history], 0.5 * lam_s, 1.0 + self.eta**2)
-        mean = x0.mean if len(weights) == 1 else x0.mean * weights[0]
-        for weight, (_, past) in zip(weights[1:], history[1:], strict=False):
-            mean = mean.add_(past, alpha=weight)
+        mean, total = history[len(weights) - 1][1], weights[-1]
+        for weight, (_, newer) in reversed(list(zip(weights[:-1], history, strict=False))):
+            total += weight
+            mean = torch.lerp(mean, newer, weight / total)  # they sum to 1: a pass over memory for each, and no other
         return Step(denoiser.process.bridge(mean, x_t, lam_t, lam_s, self.eta), x0, history[: self.order - 1] or None)
 
     def extra_repr(self) -> str:
