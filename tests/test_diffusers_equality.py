@@ -21,7 +21,7 @@ from quieten.covariance import Unit  # noqa: E402
 from quieten.denoiser import Denoiser  # noqa: E402
 from quieten.interop import from_diffusers  # noqa: E402
 from quieten.interop.levels import Levels, read_levels  # noqa: E402
-from quieten.sample import trajectory  # noqa: E402
+from quieten.sampling import trajectory  # noqa: E402
 from quieten.transition import Transition  # noqa: E402
 
 TOLERANCE = 1e-4  # relative, in the norm of each state; the figures printed are far below it

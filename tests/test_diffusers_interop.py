@@ -19,7 +19,7 @@ from quieten import FLOW, VE, VP, Ancestral, Euler, Exponential, Extrapolated, P
 from quieten.interop import Pretrained, from_diffusers, to_diffusers  # noqa: E402
 from quieten.interop.codec import Codec  # noqa: E402
 from quieten.interop.levels import SCHEDULERS, betas, read_levels, table  # noqa: E402
-from quieten.sample import generate, sample  # noqa: E402
+from quieten.sampling import generate, sample  # noqa: E402
 
 Noise = Callable[[int, Tensor], Tensor]
 

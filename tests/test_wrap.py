@@ -11,7 +11,7 @@ from quieten.denoiser import Denoiser
 from quieten.gaussian import POINT, Gaussian, scalar
 from quieten.oracle import GaussianData
 from quieten.process import VE, VP
-from quieten.sample import generate
+from quieten.sampling import generate
 from quieten.schedule import karras
 from quieten.solver import Heun
 from quieten.transition import Ancestral

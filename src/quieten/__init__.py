@@ -19,10 +19,17 @@ _WHERE = {
     "wrap": ["Clipped", "Counted", "Extrapolated", "WithCovariance", "dynamic"],
     "transition": ["Ancestral", "Churn", "Langevin", "Step", "Transition"],
     "solver": ["RK2", "RK4", "AdamsBashforth", "Euler", "Exponential", "Heun", "RungeKutta"],
-    "sample": ["generate", "sample", "trajectory"],
+    "sampling": ["generate", "sample", "trajectory"],
     "objective": ["Batch", "Denoising", "Objective", "Update"],
     "oracle": ["FiniteData", "GaussianData", "MixtureData", "Oracle"],
     "covariance": ["Unit"],
+    "samplers": ["SAMPLERS", "sampler"],
+    "config": ["load_recipe", "recipe_names"],
+    "runs": ["Run", "export", "load"],
+    "fit": ["train"],
+    "features": ["Extractor", "Statistics"],
+    "metrics": ["frechet", "sliced_wasserstein"],
+    "interop": ["from_diffusers", "to_diffusers"],
 }  # fmt: skip
 _EXPORTS = {name: module for module, names in _WHERE.items() for name in names}
 

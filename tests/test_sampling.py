@@ -13,7 +13,7 @@ from quieten.gaussian import Gaussian
 from quieten.noise import INITIAL, Noise
 from quieten.oracle import FiniteData, GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP
-from quieten.sample import State, generate, sample, trajectory
+from quieten.sampling import State, generate, sample, trajectory
 from quieten.schedule import Linear, Rectified, churned, corrected, karras
 from quieten.transition import Ancestral, Churn, Langevin, Step, Transition
 from quieten.wrap import Counted
