@@ -34,7 +34,7 @@ def test_packaged_recipes_are_complete_and_stay_the_same_when_written(name: str)
     assert recipe.name == name
     again = parse_recipe(yaml.safe_load(recipe.to_yaml()), "copy")
     assert again == recipe
-    assert yaml.safe_load(recipe.to_yaml())["objective"]["schedule"]["lam_max"] == 10.0
+    assert yaml.safe_load(recipe.to_yaml())["objective"]["schedule"] == {"kind": "lognormal", "mean": -0.2, "std": 1.3}
 
 
 def test_every_default_is_written_so_that_later_defaults_do_not_change_old_runs() -> None:
@@ -73,11 +73,11 @@ def test_overrides_are_yaml(override: str, read: object, value: object) -> None:
         ("train.batch=big", r"`train.batch` must be a valid integer \(got 'big'\)"),
         ("train.batch=0", r"`train.batch` must be greater than 0 \(got 0\)"),
         ("model.form=w", r"`model.form` must be 'v', 'eps', .* \(got 'w'\)"),
-        ("objective.schedule.lam_max=[1]", r"`objective.schedule`: `lam_max` must be a valid number \(got \[1\]\)"),
+        ("objective.schedule.mean=[1]", r"`objective.schedule`: `mean` must be a valid number \(got \[1\]\)"),
         ("objective.kind=denoisin", r"unknown objective 'denoisin': did you mean 'denoising'\?"),
         ("sample.transition=heum", r"unknown transition 'heum': did you mean 'heun'\?"),
         ("train.batch", r"needs KEY.KEY=VALUE"),
-        ("train.batch.size=3", r"'batch' holds the value 128, not a section"),
+        ("train.batch.size=3", r"'batch' holds the value 64, not a section"),
         ("train.batch=[", "not YAML"),
         ("version=2", "version 2, this library reads version 1"),
     ],

@@ -54,7 +54,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, overrides:
     assert fit(whole, data=toy_data()).done
     stopped = fit(parts, data=toy_data(), callbacks=[at(3, interrupt(number))])
     assert (stopped.done, stopped.step, stopped.images) == (False, 3, 24)
-    assert "stopped at step 3 of 8" in stopped.message
+    assert f"stopped by {signal.Signals(number).name} at step 3 of 8" in stopped.message
     assert "the same command goes on" in stopped.message
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     ended = fit(Run.open(parts.path), data=toy_data())

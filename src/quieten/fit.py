@@ -26,7 +26,7 @@ from .noise import Draws, Noise
 from .objective import Batch
 from .progress import Progress
 from .runs import Checkpoint, Run, build_update, packed, restore
-from .sample import generate
+from .sampling import generate
 
 __all__ = ["Summary", "fit", "train"]
 
@@ -173,17 +173,17 @@ class _Session:
     def train(self) -> Summary:
         title, begun = self.run.path.name, self.seconds
         with (
-            _signals() as stop,
+            _signals() as self.stop,
             Progress(self.plan.images, self.images, title, show=self.is_main) as self.progress,
             _Batches(self.data, self.order, self.run.recipe, self.positions, self.device) as batches,
         ):
             started = self.read_at = saved_at = time.monotonic()
             self.read_step = saved = self.step
             while self.step < self.steps:
-                self._advance(batches, stop.is_set())
+                self._advance(batches, self.stop.is_set())
                 now = time.monotonic()
                 self.seconds = begun + now - started
-                stopping = self._look(stop)
+                stopping = self._look()
                 if self._crossed(self.plan.preview_every) or self.step == self.steps:
                     self._preview()
                 if self._crossed(self.plan.save_every) or _overdue(self.plan, now - saved_at):
@@ -222,18 +222,18 @@ class _Session:
         torch._foreach_lerp_(self.averaged, self.latest, 1.0 - 0.5 ** (plan.batch / halflife))
         self.tally.add(self.step, shared[0], norm, bad, shared[1])
 
-    def _look(self, stop: threading.Event) -> bool:
+    def _look(self) -> bool:
         """Reads what the device has counted, when that is due or free; returns whether to stop."""
         due = self.step % self.plan.log_every == 0 or self.step == self.steps
         alone = self.accelerator.num_processes == 1
         if not due and self.device.type != "cpu":
-            return alone and stop.is_set()
+            return alone and self.stop.is_set()
         if first_bad := self.tally.first_bad():
             self._report_bad(first_bad)
         stopping = self.tally.stopping()
         means = self.tally.means(self.step - self.read_step) if due else {}
         self.progress.update(self.images, self._log(means) if means else None)
-        return stopping or (alone and stop.is_set())
+        return stopping or (alone and self.stop.is_set())
 
     def _log(self, means: Mapping[str, float]) -> Row:
         """Writes a line of metrics and starts counting afresh."""
@@ -313,7 +313,8 @@ class _Session:
         done, path = self.step >= self.steps, self.run.path
         count = f"{self.images:,} images in {self.seconds:.0f} s"
         message = f"{path}: trained on {count}" if done else (
-            f"{path}: stopped at step {self.step} of {self.steps} ({count}) and saved; the same command goes on from there"
+            f"{path}: stopped{self.stop.reason} at step {self.step} of {self.steps} ({count}) and saved; "
+            "the same command goes on from there"
         )  # fmt: skip
         return Summary(self.step, self.images, self.loss, self.seconds, done, message)
 
@@ -469,10 +470,16 @@ def _reopen(path: Path, wanted: Recipe, overrides: Sequence[str]) -> Run:
     return run
 
 
+class _Stop(threading.Event):
+    """Whether this process was asked to stop, and by what."""
+
+    reason = ""
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
+def _signals() -> Iterator[_Stop]:
     """An event that the first SIGINT or SIGTERM sets; the second one interrupts at once."""
-    stop = threading.Event()
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -480,6 +487,7 @@ def _signals() -> Iterator[threading.Event]:
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
+        stop.reason = f" by {signal.Signals(number).name}"
         stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
