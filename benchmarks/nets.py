@@ -20,7 +20,7 @@ from quieten.nets import UNet
 Call = Callable[[Tensor, Tensor], Tensor]
 
 # shape of an image -> block_out_channels of the diffusers network that has about as many parameters as our default
-CASES = {(1, 8, 8): (32, 64), (1, 28, 28): (32, 64, 64), (3, 32, 32): (32, 64, 64)}
+CASES = {(1, 8, 8): (48, 80), (1, 28, 28): (32, 64, 64), (3, 32, 32): (32, 64, 64)}
 
 
 def diffusers_net(shape: tuple[int, int, int], widths: tuple[int, ...]) -> UNet2DModel:
