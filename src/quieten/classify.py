@@ -76,7 +76,7 @@ def train_classifier(
         optimiser.step()
         cycle.step()
         if progress is not None and (step % 50 == 49 or step == steps - 1):
-            progress((step + 1) * batch, float(loss))
+            progress((step + 1) * batch, float(loss.detach()))
     if not torch.isfinite(loss):
         raise ValueError("the classifier's loss is not finite: lower `lr`")
     return net.eval()
