@@ -33,8 +33,9 @@ def main(
     label = torch.arange(n) % len(recipe.data.classes)
     floor = frechet(test.all()[:n], reference, extractor)
     print(header())
-    print(f"{source}, {n} samples a row, seed {seed}, scale {scale}, float32, x0 clipped to [-1, 1]; Frechet distance on the "
-          f"{extractor.name} ({extractor.hash[:12]}) against {len(train)} training images; {min(n, len(test))} test images: {floor.figure()}")  # fmt: skip
+    print(f"{source}, {n} samples a row, seed {seed}, scale {scale}, float32, x0 clipped to [-1, 1]")
+    print(f"Frechet distance on the {extractor.name} ({extractor.hash[:12]}) against {len(train)} training images;")
+    print(f"{min(n, len(test))} test images score {floor.figure()}")
     print("\n| sampler | steps | evaluations | Frechet distance | images/s |\n|---|---|---|---|---|")
     for name in samplers:
         for count in steps:

@@ -31,9 +31,13 @@ def main(out: Path, images: int, seed: int) -> None:
     half = {name: value.half() for name, value in net.state_dict().items()}
     net.load_state_dict({name: value.float() for name, value in half.items()})
     facts = {
-        "kind": "classifier", "options": json.dumps(options), "data": "fashion-mnist, train", "images": str(images), "seed": str(seed),
-        "accuracy": f"{accuracy(net, test):.4f}", "seconds": f"{seconds:.0f}",
-    }  # fmt: skip
+        "options": json.dumps(options),
+        "data": "fashion-mnist, train",
+        "images": str(images),
+        "seed": str(seed),
+        "accuracy": f"{accuracy(net, test):.4f}",
+        "seconds": f"{seconds:.0f}",
+    }
     content = save({name: value.contiguous() for name, value in half.items()}, facts)
     write_atomic(out, content)
     parameters = sum(p.numel() for p in net.parameters())
