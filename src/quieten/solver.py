@@ -38,10 +38,14 @@ class Coordinates(NamedTuple):
     scale: Process
 
     @property
-    def _closed(self) -> bool:
-        """Noise (x / alpha against sigma / alpha) and flow coordinates, where dz/dtau = (z - E[x0 | x]) / tau."""
-        noise = isinstance(self.time, Power) and self.time.power == 1.0 and self.scale is VE
-        return noise or (isinstance(self.time, Rectified) and self.time.shift == 1.0 and self.scale is FLOW)
+    def _noise(self) -> bool:
+        """x / alpha against sigma / alpha: dz/dtau = (z - E[x0 | x]) / tau."""
+        return isinstance(self.time, Power) and self.time.power == 1.0 and self.scale is VE
+
+    @property
+    def _flow(self) -> bool:
+        """Those of rectified flow: the same slope, which here is finite in pure noise too."""
+        return isinstance(self.time, Rectified) and self.time.shift == 1.0 and self.scale is FLOW
 
     def tau(self, lam: float) -> float:
         return float(self.time.inverse(torch.tensor(lam, dtype=torch.float64)))
@@ -55,7 +59,7 @@ class Coordinates(NamedTuple):
         return s_sigma / sigma if lam < 0 else s_alpha / alpha
 
     def slope(self, z: Tensor, x0: Tensor, tau: float, lam: float) -> Tensor:
-        if self._closed:
+        if self._noise or self._flow:
             return (z - x0).div_(tau)
         _, rate = self.time.rate(torch.tensor(tau, dtype=torch.float64))
         s, _ = self.scale.scales(lam)
@@ -106,8 +110,14 @@ class RungeKutta(Transition):
         """The step when the first evaluation, `x0` = denoiser(x_t, lam_t), is already there."""
         if lam_s == lam_t:
             return Step(Gaussian(x_t), x0)
+        if lam_t == math.inf:
+            raise ValueError(
+                "`lam_t` is +inf, where the ODE has no slope: start from a finite level (end the grid before +inf)"
+            )
         process, at = denoiser.process, self.coordinates or (_FLOW if lam_t == -math.inf else _NOISE)
-        if lam_s == math.inf and at._closed:
+        if lam_t == -math.inf and not at._flow:
+            raise ValueError(f"`lam_t` = -inf has no place in {at}: leave out `time` and `scale`, or start from a finite level")
+        if lam_s == math.inf and (at._noise or at._flow):
             return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0)
         tau, end = at.tau(lam_t), at.tau(lam_s)
         h, z = end - tau, x_t * at.factor(process, lam_t)
@@ -255,7 +265,8 @@ class Exponential(Transition):
     r"""DPM-Solver++ multistep: the kernel with x0 extrapolated along lam / 2 from the last `order` estimates.
 
     Order 2 is 2M with the midpoint rule, order 3 is 3M, as published; with eta = 1 they are the SDE versions. The step to
-    the data itself (lam = +inf) and a step from pure noise (lam = -inf) are of first order.
+    the data itself (lam = +inf) and a step from pure noise (lam = -inf) are of first order. 3M as published takes
+    half of the second difference that Taylor's series needs: its error shrinks like h^2 too, with a smaller constant.
 
     Arguments:
         order: 1 (DDIM), 2 or 3.
