@@ -1,10 +1,10 @@
-r"""Samplers by name: what the command line, recipes and reports call a transition and its grid."""
+"""Samplers by name: what the command line, recipes and reports call a transition and its grid."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from .schedule import churned, corrected
 from .solver import RK2, RK4, AdamsBashforth, Exponential, Heun
 from .transition import Ancestral, Churn, Langevin, Transition
 
-__all__ = ["SAMPLERS", "Sampler", "sampler"]
+__all__ = ["SAMPLERS", "Sampler", "churn", "predictor_corrector", "sampler"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Sampler:
     """A named composition.
 
     Attributes:
-        make: Options to the transition.
+        make: Options to the transition. Its signature says which there are, their types and their defaults.
         about: One line for people.
         regrid: What it does to a rising grid first (levels to churn or to correct at).
     """
@@ -31,45 +31,48 @@ class Sampler:
     regrid: Callable[[Tensor], Tensor] = lambda grid: grid
 
 
+def churn(s_noise: float = 1.003) -> Churn:
+    """Heun's method from levels that were noised upward first; `s_noise` scales that noise."""
+    return Churn(Heun(), s_noise)
+
+
+def predictor_corrector(eta: float = 1.0, snr: float = 0.16) -> Langevin:
+    """Ancestral steps, each corrected by a Langevin step; see `Ancestral` and `Langevin`."""
+    return Langevin(Ancestral(eta, spread=False), snr)
+
+
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(lambda **o: Ancestral(**{"eta": 0.0, "spread": False, **o}), "deterministic, 1 evaluation a step"),
-    "ddpm": Sampler(lambda **o: Ancestral(**{"eta": 1.0, "spread": False, **o}), "ancestral noise, small variance"),
+    "ddim": Sampler(partial(Ancestral, eta=0.0, spread=False), "deterministic, 1 evaluation a step"),
+    "ddpm": Sampler(partial(Ancestral, eta=1.0, spread=False), "ancestral noise, small variance"),
     "ancestral": Sampler(Ancestral, "ancestral noise, with the variance that the denoiser reports"),
     "heun": Sampler(Heun, "EDM's second-order ODE solver, 2 evaluations a step"),
-    "midpoint": Sampler(lambda **o: RK2(**{"alpha": 0.5, **o}), "second-order Runge-Kutta, 2 evaluations a step"),
+    "midpoint": Sampler(partial(RK2, alpha=0.5), "second-order Runge-Kutta, 2 evaluations a step"),
     "rk4": Sampler(RK4, "fourth-order Runge-Kutta, 4 evaluations a step"),
-    "ab": Sampler(lambda **o: AdamsBashforth(**{"order": 3, **o}), "Adams-Bashforth on the actual grid, 1 evaluation a step"),
-    "plms": Sampler(
-        lambda **o: AdamsBashforth(**{"order": 4, "coefficients": "constant", **o}),
-        "Adams-Bashforth with constant coefficients",
-    ),
-    "dpm++": Sampler(lambda **o: Exponential(**{"order": 2, **o}), "DPM-Solver++ 2M, 1 evaluation a step"),
-    "dpm++3m": Sampler(lambda **o: Exponential(**{"order": 3, **o}), "DPM-Solver++ 3M, 1 evaluation a step"),
-    "dpm++sde": Sampler(lambda **o: Exponential(**{"order": 2, "eta": 1.0, **o}), "DPM-Solver++ 2M with ancestral noise"),
+    "ab": Sampler(partial(AdamsBashforth, order=3), "Adams-Bashforth on the actual grid, 1 evaluation a step"),
+    "plms": Sampler(partial(AdamsBashforth, order=4, coefficients="constant"), "Adams-Bashforth with constant coefficients"),
+    "dpm++": Sampler(partial(Exponential, order=2), "DPM-Solver++ 2M, 1 evaluation a step"),
+    "dpm++3m": Sampler(partial(Exponential, order=3), "DPM-Solver++ 3M, 1 evaluation a step"),
+    "dpm++sde": Sampler(partial(Exponential, order=2, eta=1.0), "DPM-Solver++ 2M with ancestral noise"),
     "churn": Sampler(
-        lambda s_noise=1.003, **o: Churn(Heun(**o), s_noise),
+        churn,
         "EDM's stochastic sampler: noise added before each step",
         lambda grid: churned(grid, s_churn=0.4 * (len(grid) - 1), s_min=0.05, s_max=50.0),
     ),
-    "pc": Sampler(
-        lambda snr=0.16, **o: Langevin(Ancestral(**{"spread": False, **o}), snr),
-        "predictor-corrector: a Langevin step at every level",
-        corrected,
-    ),
+    "pc": Sampler(predictor_corrector, "predictor-corrector: a Langevin step at every level", corrected),
 }
-"""Every sampler by name."""
+"""Every sampler by name; `parts.PARTS["transition"]`, which recipes choose from, is made of it."""
 
 
 def sampler(name: str, grid: Tensor, **options: Any) -> tuple[Transition, Tensor]:
     """The transition of a named sampler, and the grid it runs on.
 
     Arguments:
-        name: A key of `SAMPLERS`.
+        name: A key of `SAMPLERS`, or of what was added by `parts.register("transition", ...)`.
         grid: Log-SNRs, rising, from noise to data.
         **options: Arguments of the transition that differ from the sampler's own, such as eta.
 
     Raises:
-        ValueError: For an unknown name or option.
+        ValueError: For an unknown name or option, or a value out of range.
 
     Example:
         >>> from quieten.schedule import karras
@@ -77,12 +80,7 @@ def sampler(name: str, grid: Tensor, **options: Any) -> tuple[Transition, Tensor
         >>> len(grid)
         9
     """
-    if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown transition {name!r}{hint} (known: {', '.join(SAMPLERS)})")
-    try:
-        transition = SAMPLERS[name].make(**options)
-    except TypeError:
-        raise ValueError(f"the transition {name!r} does not take {', '.join(sorted(options))}: leave it out") from None
-    return transition, SAMPLERS[name].regrid(grid)
+    from .parts import build
+
+    transition = build("transition", name, options)
+    return transition, SAMPLERS[name].regrid(grid) if name in SAMPLERS else grid
