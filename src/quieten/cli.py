@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -63,19 +63,20 @@ def train(
     """
     from .commands import train as run
 
-    run(recipe, out=out, changes=changes or [], data=data, download=download)
+    if not run(recipe, out=out, changes=changes or [], data=data, download=download):
+        raise typer.Exit(130)  # as for any program that Ctrl-C stops: `train ... && sample ...` does not go on
 
 
 @app.command()
 def sample(
-    source: Annotated[str, typer.Argument(help="A run's folder, zoo:NAME, or a diffusers folder or hub id.")],
+    source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. Default: the recipe's.")] = None,
-    transition: Annotated[str | None, typer.Option(help="Sampler; see `quieten samplers`. Default: the recipe's.")] = None,
+    transition: Annotated[str | None, typer.Option(help="Sampler, see `quieten samplers`. Default: the recipe's.")] = None,
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="Number of samples.")] = 64,
     seed: Annotated[int, typer.Option(help="Sample i of a seed is the same whatever -n and --batch.")] = 0,
     label: Annotated[str | None, typer.Option(help="A class by name or number, several by comma, or 'all' in turn.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text, for models that take it.")] = None,
-    scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the recipe's.")] = None,
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of ancestral noise, for samplers that have it.")
     ] = None,
@@ -102,7 +103,7 @@ def sample(
     from .commands import sample as run
 
     run(
-        source, steps=steps, name=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, eta=eta, clip=clip,
+        source, steps=steps, transition=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, eta=eta, clip=clip,
         spacing=grid, out=out, npz=npz, batch=batch, weights=weights, device=device,
     )  # fmt: skip
 
@@ -138,23 +139,31 @@ def demo(
     """
     from .demo import demo as run
 
-    run(out, changes or [], n=n)
+    if run(out, changes or [], n=n) is None:
+        raise typer.Exit(130)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; what a user can get wrong ends in one line on stderr and exit status 2."""
+    """Runs the command line; what a user can get wrong ends in one line on stderr and exit status 2.
+
+    With the environment variable QUIETEN_DEBUG set, the whole traceback is shown instead.
+    """
     try:
-        app(arguments)
+        app(arguments, prog_name="quieten")
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        if os.environ.get("QUIETEN_DEBUG"):
+        _fail(error)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch has no class of its own for this on every device
             raise
-        sys.stdout.flush()
-        typer.echo(f"quieten: error: {_one_line(error)}", err=True)
-        sys.exit(2)
+        _fail(error, ": take a smaller --batch, or train.batch")
 
 
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _fail(error: Exception, remedy: str = "") -> NoReturn:
+    if os.environ.get("QUIETEN_DEBUG"):
+        raise error
+    sys.stdout.flush()
+    typer.echo(f"quieten: error: {' '.join(str(error).split()) or type(error).__name__}{remedy}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import json
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .files import write_atomic
-from .sample import generate
+from .files import write_atomic, writing
+from .progress import Progress
 from .samplers import sampler
-from .wrap import Clipped, Counted, Extrapolated
+from .sampling import generate
+from .transition import Transition
+from .wrap import Clip, Clipped, Counted, Extrapolated
 
-__all__ = ["Source", "counter", "open_source", "sample", "train"]
-
-console = Console()
+__all__ = ["Source", "open_source", "sample", "train"]
 
 
 @dataclass(frozen=True)
@@ -35,55 +36,91 @@ class Source:
         grid: (steps, spacing or None) to levels.
         home: Where its samples go.
         classes: Names of its classes; () without.
-        null: Values of the conditions that mean "none", for guidance.
-        defaults: Number of steps and name of the sampler, unless told otherwise.
-        clip: Whether x0 lies in [-1, 1].
+        null: Values of the conditions that mean "none", for guidance; {} if it never learned one.
+        steps: Number of steps, unless told otherwise.
+        transition: Name of the sampler, unless told otherwise, and its options.
+        scale: Guidance, unless told otherwise.
+        clip: Bound on x0; None where there is none.
         decode: From samples to images, for latent models.
         prompt: From texts to conditions, for models that take text.
+        weights: Which weights these are, for the record.
     """
 
     denoiser: Denoiser
     grid: Callable[[int, str | None], Tensor]
     home: Path
     classes: tuple[str, ...] = ()
-    null: dict[str, Any] = field(default_factory=dict)
-    defaults: tuple[int, str] = (20, "dpm++")
-    clip: bool = True
+    null: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 20
+    transition: tuple[str, Mapping[str, Any]] = ("dpm++", {})
+    scale: float = 1.0
+    clip: Clip | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     prompt: Callable[[list[str]], dict[str, Tensor]] | None = None
+    weights: str = "pretrained"
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether a sample is something to look at."""
+        shape = self.denoiser.shape
+        return self.decode is not None or shape is None or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+# ---- where samples come from
 
 
 def open_source(source: str, weights: str = "ema", device: str | None = None) -> Source:
-    """A run, a model of the zoo, or a diffusers folder or hub id, ready to sample."""
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(source).expanduser()
+    """A run, an exported file, a model of the zoo, or a diffusers folder or hub id, ready to sample.
+
+    Raises:
+        ValueError: If it is nothing of the kind, or damaged, or the device cannot be used.
+    """
+    where, path = _device(device), Path(source).expanduser()
     ours = source.startswith("zoo:") or path.suffix == ".safetensors" or (path / "config.yaml").is_file()
     theirs = any((path / name).is_file() for name in ("model_index.json", "config.json"))
-    hub_id = source.count("/") == 1 and not path.parent.is_dir()
-    return _from_diffusers(source, where) if not ours and (theirs or hub_id) else _from_run(source, weights, where)
+    hub_id = source.count("/") == 1 and not path.parent.is_dir() and path.parts[0] not in ("runs", "~")
+    if ours or not (theirs or hub_id):
+        return _from_run(source, weights, where)
+    return _from_diffusers(source, where)
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`--device {name}` cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+    return name
 
 
 def _from_run(source: str, weights: str, device: str) -> Source:
     from .config import Part, build_grid
     from .runs import load_with_recipe
 
+    path = Path(source).expanduser()
+    if not path.exists() and (Path("runs") / source / "config.yaml").is_file():
+        raise ValueError(f"no run in {source}: did you mean {Path('runs') / source}?")
     denoiser, recipe = load_with_recipe(source, weights, device)
-    section = recipe.sample
+    section, classes, shape = recipe.sample, recipe.data.classes, recipe.data.shape or ()
 
     def grid(steps: int, spacing: str | None) -> Tensor:
-        if spacing is None:
+        if spacing is None or spacing == section.grid.kind:
             return build_grid(recipe, steps)
         part = Part(kind="karras") if spacing == "karras" else Part(kind="schedule", spacing=spacing)  # type: ignore[call-arg]
         return build_grid(recipe.model_copy(update={"sample": section.model_copy(update={"grid": part})}), steps)
 
-    path = Path(source).expanduser()
     return Source(
         denoiser,
         grid,
         home=path / "samples" if path.is_dir() else Path(),
-        classes=recipe.data.classes,
-        null={"label": len(recipe.data.classes)} if recipe.data.classes else {},
-        defaults=(section.steps, section.transition),
+        classes=classes,
+        null={"label": len(classes)} if classes and recipe.objective.drop else {},
+        steps=section.steps,
+        transition=(section.transition.kind, section.transition.options),
+        scale=section.scale if classes else 1.0,
+        clip=1.0 if len(shape) == 3 else None,  # vectors have any range
+        weights=weights if path.is_dir() else "exported",
     )
 
 
@@ -91,123 +128,198 @@ def _from_diffusers(source: str, device: str) -> Source:
     from .interop import from_diffusers
 
     loaded = from_diffusers(source, device=device)
-    named = loaded.classes is not None
     count = (loaded.classes or 0) - int("label" in loaded.null)
     return Source(
         loaded.denoiser,
         loaded.grid,
         home=Path(),
-        classes=tuple(map(str, range(count))) if named else (),
-        null=dict(loaded.null),
-        clip=loaded.clip is not None,
+        classes=tuple(map(str, range(count))),
+        null=loaded.null,
+        clip=loaded.clip,
         decode=loaded.codec.decode if loaded.codec else None,
         prompt=loaded.prompt,
     )
 
 
-def train(recipe: str, *, out: Path | None, changes: Sequence[str], data: Path | None, download: bool) -> None:
-    """Trains a recipe, or resumes its run."""
+# ---- the commands
+
+
+def train(recipe: str, *, out: Path | None, changes: Sequence[str], data: Path | None, download: bool) -> bool:
+    """Trains a recipe, or resumes its run; returns whether it is done (not stopped by Ctrl-C)."""
     from .fit import train as run
 
-    extra = ([f"data.folder={data}"] if data else []) + (["data.download=true"] if download else [])
-    summary = run(recipe, [*changes, *extra], out)
-    console.print(summary.message, highlight=False)
+    if data is not None and not data.expanduser().exists():  # it would be looked for elsewhere, and found perhaps
+        raise ValueError(f"`--data {data}` is not there: name the folder that holds the data set, or leave it out")
+    extra = [f"data.folder={json.dumps(str(data.expanduser().resolve()))}"] if data else []
+    summary = run(recipe, [*changes, *extra, *(["data.download=true"] if download else [])], out)
+    if os.environ.get("RANK", "0") == "0":
+        print(summary.message)
+    return summary.done
 
 
 def sample(
     source: str,
     *,
-    steps: int | None,
-    name: str | None,
-    n: int,
-    seed: int,
-    label: str | None,
-    prompt: str | None,
-    scale: float,
-    eta: float | None,
-    clip: bool | None,
-    spacing: str | None,
-    out: Path | None,
-    npz: Path | None,
-    batch: int,
-    weights: str,
-    device: str | None,
+    n: int = 64,
+    seed: int = 0,
+    batch: int = 64,
+    steps: int | None = None,
+    transition: str | None = None,
+    eta: float | None = None,
+    spacing: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    scale: float | None = None,
+    clip: bool | None = None,
+    out: Path | None = None,
+    npz: Path | None = None,
+    weights: str = "ema",
+    device: str | None = None,
 ) -> None:
-    """Samples, writes the grid and the arrays, and says what it took."""
-    from .data import to_pixels
-    from .plots import save_grid
+    """Samples, writes pictures and arrays, and says what it took; the arguments are the command's options.
 
+    Raises:
+        ValueError: For an option that the model cannot serve, or a place that cannot be written.
+    """
     opened = open_source(source, weights, device)
-    steps, name = steps or opened.defaults[0], name or opened.defaults[1]
-    transition, grid = sampler(name, opened.grid(steps, spacing), **({} if eta is None else {"eta": eta}))
-    cond = _conditions(opened, n, label, prompt)
-    model: Denoiser = opened.denoiser
-    if scale != 1.0:
-        if not cond:
-            raise ValueError("`--scale` guides towards a condition: this model has none, or give --label or --prompt")
-        model = Extrapolated(model, scale, null=opened.null)
-    model = counted = Counted(Clipped(model) if (opened.clip if clip is None else clip) else model)
+    steps = opened.steps if steps is None else steps
+    name, stepper, grid = _choose(opened, transition, steps, eta, spacing)
+    cond, columns = _conditions(opened, n, label, prompt)
+    scale = opened.scale if scale is None else scale
+    out, npz = _targets(opened, out, npz, f"{name}-{steps}-seed{seed}{_suffix(label, scale)}")
+    counted = Counted(opened.denoiser)  # innermost: guidance asks it for two rows a sample
+    model = _clipped(opened, clip, _guided(opened, counted, scale, cond))
     started = time.perf_counter()
-    with counter("sampling", n, "images") as progress:
-        x = generate(model, n, grid=grid, transition=transition, cond=cond, batch=batch, seed=seed, progress=progress)
+    with Progress(n, 0, "sampling") as progress:
+        x = generate(model, n, grid=grid, transition=stepper, cond=cond, batch=batch, seed=seed, progress=progress.update)
+    images = _decoded(opened, x, batch)
     seconds = time.perf_counter() - started
-    images = to_pixels((opened.decode(x) if opened.decode else x).cpu())
-    out = out or opened.home / f"{name}-{steps}-seed{seed}.png"
-    save_grid(images, out)
-    if npz is not None:
-        _save_npz(npz, images, cond.get("label"))
-    evaluations = counted.calls // -(-n // batch)
-    console.print(f"{out}: {n} images, {name} in {steps} steps, seed {seed}, weights {weights}", highlight=False)
-    console.print(
-        f"{evaluations} evaluations a sample{' (guided: each of twice the batch)' if scale != 1 else ''}, "
-        f"{n / seconds:.1f} images/s, {seconds:.1f} s",
-        highlight=False,
-    )
+    _write(images, out, npz, cond.get("label"), columns)
+    print(f"{' and '.join(str(path) for path in (out, npz) if path)}: {n} samples, {name} in {steps} steps, seed {seed}, "
+          f"{opened.weights} weights")  # fmt: skip
+    print(f"{counted.rows / n:g} network evaluations a sample (NFE){', two a step for guidance' if scale != 1 else ''}; "
+          f"{n / seconds:.1f} images/s, {seconds:.1f} s")  # fmt: skip
 
 
-def _conditions(source: Source, n: int, label: str | None, prompt: str | None) -> dict[str, Any]:
+# ---- parts of `sample`
+
+
+def _choose(
+    source: Source, name: str | None, steps: int, eta: float | None, spacing: str | None
+) -> tuple[str, Transition, Tensor]:
+    """Name and transition of the sampler, and its grid: the source's own options hold while its sampler does."""
+    from .parts import find
+
+    own, options = source.transition
+    chosen = {**(options if name in (None, own) else {}), **({} if eta is None else {"eta": eta})}
+    name = name or own
+    if eta is not None and "eta" not in inspect.signature(find("transition", name)).parameters:
+        raise ValueError(f"`--eta {eta:g}` means nothing to the sampler {name!r}: leave it out")
+    try:
+        grid = source.grid(steps, spacing)
+    except ValueError as error:
+        if spacing is None:
+            raise
+        raise ValueError(f"`--grid {spacing}` does not suit this model, leave it out: {error}") from error
+    return name, *sampler(name, grid, **chosen)
+
+
+def _conditions(source: Source, n: int, label: str | None, prompt: str | None) -> tuple[dict[str, Any], int | None]:
+    """The conditions of n samples, and how many columns the picture has when classes take turns."""
     if prompt is not None:
         if source.prompt is None:
-            raise ValueError("`--prompt` needs a model that takes text: this one does not")
-        return {name: value.expand(n, *value.shape[1:]) for name, value in source.prompt([prompt]).items()}
-    if label is None and not source.classes:
-        return {}
+            raise ValueError(f"`--prompt {prompt!r}` needs a model that takes text: leave it out, this one does not")
+        if label is not None:
+            raise ValueError(f"`--label {label}` and `--prompt` exclude each other: give one")
+        return {name: value.expand(n, *value.shape[1:]) for name, value in source.prompt([prompt]).items()}, None
+    if source.prompt is not None:
+        raise ValueError("`--prompt` is missing: this model draws what a text says")
     if not source.classes:
-        raise ValueError("`--label` needs a class-conditional model: this one has no classes")
-    everything = label is None or label == "all"
-    chosen = range(len(source.classes)) if everything else [_class(source.classes, word) for word in str(label).split(",")]
-    return {"label": torch.tensor(list(chosen), dtype=torch.int64).repeat(-(-n // len(chosen)))[:n]}
+        if label is not None:
+            raise ValueError(f"`--label {label}` needs a class-conditional model: leave it out, this one has no classes")
+        return {}, None
+    words = [] if label in (None, "all") else str(label).split(",")
+    chosen = [_class(source.classes, word.strip()) for word in words] or list(range(len(source.classes)))
+    columns = len(chosen) if 2 <= len(chosen) <= min(16, n) else None
+    return {"label": torch.tensor(chosen, dtype=torch.int64).repeat(-(-n // len(chosen)))[:n]}, columns
 
 
 def _class(classes: tuple[str, ...], word: str) -> int:
+    from .parts import nearest
+
     names = [name.lower() for name in classes]
-    if word.strip().lower() in names:
-        return names.index(word.strip().lower())
-    if word.strip().isdigit() and int(word) < len(classes):
+    if word.lower() in names:
+        return names.index(word.lower())
+    if word.isdecimal() and int(word) < len(classes):
         return int(word)
-    raise ValueError(
-        f"`--label` {word!r} is no class of this model: give a number below {len(classes)}, or one of {', '.join(classes)}"
+    shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    raise ValueError(f"`--label {word}` is no class of this model{nearest(word.lower(), names)}: give a number below "
+                     f"{len(classes)}, or a name ({shown})")  # fmt: skip
+
+
+def _guided(source: Source, model: Denoiser, scale: float, cond: Mapping[str, Any]) -> Denoiser:
+    if scale == 1.0:
+        return model
+    if not cond:
+        raise ValueError(f"`--scale {scale:g}` guides towards a class or a text: leave it out, this model has neither")
+    if not source.null:
+        raise ValueError(f"`--scale {scale:g}` needs a model that also learned to draw without a class: leave it out, "
+                         "or train one with objective.drop above 0")  # fmt: skip
+    return Extrapolated(model, scale, null=source.null)
+
+
+def _clipped(source: Source, wanted: bool | None, model: Denoiser) -> Denoiser:
+    how = source.clip if wanted is None else (source.clip or 1.0) if wanted else None
+    return model if how is None else Clipped(model, how)
+
+
+@torch.no_grad()
+def _decoded(source: Source, x: Tensor, batch: int) -> Tensor:
+    """Pictures as bytes on the CPU, through the decoder of a latent model; what is no picture stays as it is."""
+    from .data import to_pixels
+
+    if source.decode is not None:
+        return torch.cat([to_pixels(source.decode(part)).cpu() for part in x.split(batch)])
+    return to_pixels(x).cpu() if source.draws_pictures else x.cpu()
+
+
+def _suffix(label: str | None, scale: float) -> str:
+    words = [] if label in (None, "all") else ["".join(c if c.isalnum() else "-" for c in str(label))]
+    return "".join(f"-{word}" for word in [*words, *([] if scale == 1.0 else [f"scale{scale:g}"])])
+
+
+def _targets(source: Source, out: Path | None, npz: Path | None, stem: str) -> tuple[Path | None, Path | None]:
+    """Where to write, tried before the work begins."""
+    if not source.draws_pictures:
+        if out is not None:
+            raise ValueError(f"`--out {out}` is for pictures: this model draws {source.denoiser.shape}, use --npz")
+        return None, _target("--npz", npz or source.home / f"{stem}.npz", ".npz")
+    return (
+        _target("--out", out or source.home / f"{stem}.png", ".png"),
+        None if npz is None else _target("--npz", npz, ".npz"),
     )
 
 
-def _save_npz(path: Path, images: Tensor, label: Tensor | None) -> None:
-    arrays = {"images": images.numpy()} | ({} if label is None else {"labels": label.numpy()})
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomic(path, buffer.getvalue())
+def _target(option: str, path: Path, suffix: str) -> Path:
+    path = path.expanduser()
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise ValueError(f"`{option} {path}` must be the name of a {suffix} file: end it in {suffix}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    return path
 
 
-@contextmanager
-def counter(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar with rate and time left; yields a function that takes how many are done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _write(images: Tensor, out: Path | None, npz: Path | None, label: Tensor | None, columns: int | None) -> None:
+    from .plots import save_grid
 
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task, started = bar.add_task(title, total=total, rate=""), time.perf_counter()
-
-        def update(done: int) -> None:
-            bar.update(task, completed=done, rate=f"{done / max(time.perf_counter() - started, 1e-9):.1f} {unit}/s")
-
-        yield update
+    if out is not None:
+        with writing(out):
+            save_grid(images, out, columns=columns)
+    if npz is not None:
+        arrays: dict[str, Any] = {"images": images.numpy()} | ({} if label is None else {"labels": label.numpy()})
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        with writing(npz):
+            write_atomic(npz, buffer.getvalue())

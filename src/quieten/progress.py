@@ -1,4 +1,4 @@
-"""Progress of training: a bar with speed and time left on a terminal, a line now and then elsewhere."""
+"""Progress of training and sampling: a bar with speed and time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ LINE_EVERY = 15.0
 
 
 class Progress:
-    """Shows how far training is, on standard error. A context manager.
+    """Shows how far something has come, on standard error. A context manager.
 
     Arguments:
         total: Images in all.
-        done: Images shown before.
-        title: What is trained.
+        done: Images there were before.
+        title: What is done.
         show: False says nothing at all.
     """
 
     def __init__(self, total: int, done: int, title: str, show: bool = True):
         self.total, self.done, self.title, self.show = total, done, title, show
         self.console = Console(stderr=True)
-        self.start, self.first, self.said, self.text = time.monotonic(), done, 0.0, ""
+        self.start, self.first, self.said, self.text, self.told = time.monotonic(), done, 0.0, "", False
         self.bar: Bar | None = None
         if show and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            title_column = TextColumn("{task.description}", markup=False)
+            columns = (title_column, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
             self.task = self.bar.add_task(title, total=total, completed=done, text="")
 
@@ -47,15 +48,17 @@ class Progress:
             self.bar.stop()
 
     def update(self, images: int, row: Mapping[str, Any] | None = None) -> None:
-        """Images shown so far, and a line of metrics when there is a new one."""
-        self.done = min(images, self.total)
+        """Images done so far, and a line of training metrics when there is a new one."""
+        self.done, now = min(images, self.total), time.monotonic()
         if row is not None:
-            self.text = f"loss {row['loss']:.4f} {row['images_per_s']:.0f} images/s"
+            self.text, self.told = f"loss {row['loss']:.4f} {row['images_per_s']:.0f} images/s", True
+        elif not self.told:
+            self.text = f"{(self.done - self.first) / max(now - self.start, 1e-9):.0f} images/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, text=self.text)
-        elif row is not None and (time.monotonic() - self.said > LINE_EVERY or self.done == self.total):
+        elif self._due(now, row is not None):
             self.say(f"{self.title}: {self.done:,} of {self.total:,} images, {self.text}, {self._left()} left")
-            self.said = time.monotonic()
+            self.said = now
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -65,6 +68,10 @@ class Progress:
             self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def _due(self, now: float, told: bool) -> bool:
+        """Whether a line is due: metrics at the start and at the end, and whatever there is when none came for long."""
+        return now - max(self.said, self.start) > LINE_EVERY or (told and (not self.said or self.done == self.total))
 
     def _left(self) -> str:
         shown = self.done - self.first
