@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import quieten.fit
-from quieten.config import Train, with_overrides
+import quieten.watch
+from quieten.config import with_overrides
 from quieten.data import Dataset
 from quieten.fit import _learning_rate, fit, train
 from quieten.runs import Run
+from quieten.schema import Train
 from toy import toy_data, toy_run
 
 
@@ -259,7 +260,7 @@ def test_skipped_steps_are_counted_in_the_metrics(tmp_path: Path) -> None:
 
 
 def test_training_gives_up_when_no_step_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quieten.fit, "HOPELESS", 6)
+    monkeypatch.setattr(quieten.watch, "HOPELESS", 6)
     run = toy_run(tmp_path / "run", "train.on_nan=skip", "train.log_every=3")
     with pytest.raises(ValueError, match="none of the last 6 steps had a finite loss"):
         fit(run, data=poisoned(*range(30)))
@@ -295,5 +296,7 @@ def test_train_refuses_what_would_make_another_model(tmp_path: Path) -> None:
     train("digits", SMALL, out)
     with pytest.raises(ValueError, match=r"`model` cannot change in the run"):
         train("digits", ["model.net.width=8"], out)
+    with pytest.raises(ValueError, match=r"`train.batch` cannot change in the run .* batches of 32"):
+        train("digits", ["train.batch=16"], out)
     with pytest.raises(ValueError, match=r"holds a run of 'digits', not of 'emoji': name another folder"):
         train("emoji", [], out)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +18,18 @@ from torch import Tensor
 from .config import Recipe, Train, build_sampler, load_data, load_recipe, resolve, with_overrides
 from .data import Dataset, Order
 from .denoiser import Preconditioned
+from .feed import Batches, examples, moved, positions_of
 from .files import write_atomic, writing
 from .noise import Draws, Noise
 from .objective import Batch
 from .progress import Progress
 from .runs import Checkpoint, Run, build_update, packed, restore
 from .sampling import generate
+from .watch import Tally, signals
 
 __all__ = ["Summary", "fit", "train"]
 
 Row = dict[str, Any]
-
-HOPELESS = 50
-"""Steps in a row without a finite loss after which `on_nan: skip` gives up."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ class _Session:
         self.run, self.data, self.callbacks = run, data, callbacks
         self.plan, self.accelerator = run.recipe.train, _accelerator()
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self.positions = _positions(self.plan, self.accelerator.num_processes, self.accelerator.process_index)
+        self.positions = positions_of(self.plan, self.accelerator.num_processes, self.accelerator.process_index)
         self.order = Order(len(data), self.plan.batch, self.plan.seed)
         self.update = build_update(run.recipe, data).to(self.device)
         self.ema = deepcopy(self.update).eval().requires_grad_(False)
@@ -132,7 +128,7 @@ class _Session:
         if self.plan.compile and isinstance(self.update.denoiser, Preconditioned):
             self.update.denoiser.net.compile()
         self.wrapped = self.accelerator.prepare(self.update)
-        self.tally = _Tally(self.device)
+        self.tally = Tally(self.device)
 
     @property
     def images(self) -> int:
@@ -173,9 +169,9 @@ class _Session:
     def train(self) -> Summary:
         title, begun = self.run.path.name, self.seconds
         with (
-            _signals() as self.stop,
+            signals() as self.stop,
             Progress(self.plan.images, self.images, title, show=self.is_main) as self.progress,
-            _Batches(self.data, self.order, self.run.recipe, self.positions, self.device) as batches,
+            Batches(self.data, self.order, self.run.recipe, self.positions, self.device) as batches,
         ):
             started = self.read_at = saved_at = time.monotonic()
             self.read_step = saved = self.step
@@ -196,7 +192,7 @@ class _Session:
         self.accelerator.wait_for_everyone()
         return self._summary()
 
-    def _advance(self, batches: _Batches, stop: bool) -> None:
+    def _advance(self, batches: Batches, stop: bool) -> None:
         """One optimiser step. Nothing here waits for the device."""
         plan, share, loss = self.plan, sum(map(len, self.positions)), torch.zeros((), device=self.device)
         torch.manual_seed(_key(plan.seed, self.step, self.accelerator.process_index))  # dropout
@@ -287,9 +283,9 @@ class _Session:
 
     def _report_bad(self, step: int) -> None:
         """Names and saves the batch of a step whose loss was not finite; raises if training is to stop."""
-        index = self.order.indices(step - 1)
+        index = Order(len(self.data), self.plan.batch, self.plan.seed).indices(step - 1)  # the other one reads ahead
         positions = torch.arange(self.plan.batch)
-        batch = _batch(self.data, self.run.recipe, index, positions, step - 1)
+        batch = examples(self.data, self.run.recipe, index, positions, step - 1)
         guilty = index[self._not_finite(batch, positions, step - 1)]
         names = f"{', '.join(map(str, guilty[:8].tolist()))}{', ...' if len(guilty) > 8 else ''}"
         file = self.run.path / "state" / f"bad-batch-{step:09d}.safetensors"
@@ -304,7 +300,7 @@ class _Session:
     @torch.no_grad()
     def _not_finite(self, batch: Batch, positions: Tensor, step: int) -> Tensor:
         """Which examples of a batch have a loss that is not finite (all, if none can be blamed alone)."""
-        batch = _on(batch, self.device)
+        batch = moved(batch, self.device)
         losses = self.update(batch, Draws(self.plan.seed, step, positions, self.plan.batch))["loss"].cpu()
         bad = ~losses.isfinite()
         return bad if bad.any() else torch.ones_like(bad)
@@ -317,111 +313,6 @@ class _Session:
             "the same command goes on from there"
         )  # fmt: skip
         return Summary(self.step, self.images, self.loss, self.seconds, done, message)
-
-
-class _Tally:
-    """What the device counts between readings: five numbers in one tensor, so that a reading waits once."""
-
-    def __init__(self, device: torch.device):
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(5, dtype=dtype, device=device)
-
-    def add(self, step: int, loss: Tensor, norm: Tensor, bad: Tensor, stop: Tensor) -> None:
-        """Counts a step; a bad one only by its number."""
-        loss_sum, norm_sum, count, first_bad, stopping = self.sums
-        zero = torch.zeros_like(loss_sum)
-        self.sums = torch.stack(
-            [
-                loss_sum + torch.where(bad, zero, loss.to(zero)),
-                norm_sum + torch.where(bad, zero, norm.to(zero)),
-                count + (~bad).to(zero),
-                torch.where(bad & (first_bad == 0), zero + step, first_bad),
-                stopping + stop.to(zero),
-            ]
-        )
-
-    def first_bad(self) -> int:
-        """Number, from 1, of the first step since the last look whose loss was not finite; 0 if there is none."""
-        step = int(self.sums[3])
-        if step:
-            self.sums[3] = 0
-        return step
-
-    def means(self, steps: int) -> dict[str, float]:
-        """Mean loss and norm of the gradient of the last `steps` steps, and how many were skipped; {} if all were.
-
-        Raises:
-            ValueError: If all were, and they are many: training goes nowhere.
-        """
-        loss, norm, count = self.sums[:3].tolist()
-        if not count and steps >= HOPELESS:
-            raise ValueError(f"none of the last {steps} steps had a finite loss: look at the saved batches, lower train.lr")
-        if not count:
-            return {}
-        return {"loss": loss / count, "grad_norm": norm / count} | ({"skipped": round(steps - count)} if count < steps else {})
-
-    def stopping(self) -> bool:
-        """Whether any process was asked to stop."""
-        return bool(self.sums[4] > 0)
-
-    def clear(self) -> None:
-        """Starts afresh."""
-        self.sums = torch.zeros_like(self.sums)
-
-
-class _Batches:
-    """The batches of each step, cut into accumulated parts, read one step ahead in another thread. A context manager."""
-
-    def __init__(self, data: Dataset, order: Order, recipe: Recipe, positions: Sequence[Tensor], device: torch.device):
-        self.data, self.order, self.recipe, self.positions = data, order, recipe, positions
-        self.device, self.pool = device, ThreadPoolExecutor(1)
-        self.ahead: dict[int, Future[list[Batch]]] = {}
-
-    def __enter__(self) -> _Batches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-    def at(self, step: int) -> list[Batch]:
-        """The parts of a step, on the device."""
-        ready = self.ahead.pop(step, None)
-        parts = self._read(step) if ready is None else ready.result()
-        self.ahead = {step + 1: self.pool.submit(self._read, step + 1)}
-        return [_on(part, self.device) for part in parts]
-
-    def _read(self, step: int) -> list[Batch]:
-        index = self.order.indices(step)
-        parts = [_batch(self.data, self.recipe, index[rows], rows, step) for rows in self.positions]
-        if self.device.type != "cuda":
-            return parts
-        return [Batch(p.x0.pin_memory(), p.index, {name: c.pin_memory() for name, c in p.cond.items()}) for p in parts]
-
-
-def _batch(data: Dataset, recipe: Recipe, index: Tensor, positions: Tensor, step: int) -> Batch:
-    """Examples of a step, mirrored as their places in the global batch say."""
-    noise = Noise(recipe.train.seed, positions)
-    mirrored: bool | Tensor = noise.uniform(step, "flip") < 0.5 if recipe.data.flip else False
-    x0, label = data.batch(index, mirrored)
-    return Batch(x0, index, {} if label is None else {"label": label})
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    return Batch(
-        batch.x0.to(device, non_blocking=True), batch.index, {n: c.to(device, non_blocking=True) for n, c in batch.cond.items()}
-    )
-
-
-def _positions(plan: Train, world: int, rank: int) -> tuple[Tensor, ...]:
-    """Places in the global batch of this process's examples, one tensor for each accumulated part."""
-    parts = world * plan.accumulate
-    if plan.batch % parts:
-        raise ValueError(f"`train.batch` = {plan.batch} must divide into {parts} parts ({world} processes x train.accumulate = "
-                         f"{plan.accumulate}): choose a multiple")  # fmt: skip
-    share = plan.batch // world
-    return torch.arange(rank * share, (rank + 1) * share).chunk(plan.accumulate)
 
 
 def _optimizer(plan: Train, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -463,36 +354,11 @@ def _reopen(path: Path, wanted: Recipe, overrides: Sequence[str]) -> Run:
     for section in new:
         if new[section] != old.get(section):
             raise ValueError(f"`{section}` cannot change in the run {path}: leave it as it was, or train into another folder")
+    if changed.train.batch != run.recipe.train.batch and run.latest() is not None:
+        raise ValueError(f"`train.batch` cannot change in the run {path}, whose steps count batches of {run.recipe.train.batch}: "
+                         "leave it as it was, or train into another folder")  # fmt: skip
     if changed != run.recipe:
         run = Run(path, changed)
         if Accelerator().is_main_process:
             run.write_config()
     return run
-
-
-class _Stop(threading.Event):
-    """Whether this process was asked to stop, and by what."""
-
-    reason = ""
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """An event that the first SIGINT or SIGTERM sets; the second one interrupts at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.reason = f" by {signal.Signals(number).name}"
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

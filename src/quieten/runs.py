@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
 import shutil
@@ -185,7 +186,7 @@ class Run:
             for name in WEIGHTS:
                 _publish(folder / f"{name}.safetensors", self.path / f"{name}.safetensors")
         for old in state.glob("step-*"):
-            if old.name < folder.name:
+            if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
         return folder
 
@@ -337,8 +338,6 @@ def packed(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 
 
 def _pickled(checkpoint: Checkpoint) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     content = {"step": checkpoint.step, "seconds": checkpoint.seconds, "optimizer": checkpoint.optimizer}
     torch.save(content, buffer)
