@@ -128,7 +128,9 @@ def laps(recipe: Recipe, data: Dataset, between: Callable[[], object] = lambda: 
         start = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder, silence():
-        fit(Run.create(Path(folder) / "run", resolve(recipe, data)), data=data, callbacks=[lap])
+        run = Run.create(Path(folder) / "run", resolve(recipe, data))
+        if not fit(run, data=data, callbacks=[lap]).done:  # it took the signal for itself
+            raise KeyboardInterrupt
     return Timing(times[1:])
 
 
@@ -269,6 +271,8 @@ def compare_quality(images: int, tests: int, batch: int, out: Path) -> None:
     for title, section in (("quieten UNet", COMPACT), (name, net)):
         run = _quality_run(out / f"{section['kind']}-{images}", section, images, batch)
         summary = fit(run)
+        if not summary.done:
+            raise KeyboardInterrupt
         losses[title] = validation_losses(run.denoiser(), test, tests)
         mean, spread = _mean(losses[title])
         print(
