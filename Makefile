@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BENCH ?= $(sort $(wildcard benchmarks/*.py))
+BENCH ?= benchmarks/loop.py benchmarks/nets.py benchmarks/train.py
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 SITE := build/site
