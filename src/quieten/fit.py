@@ -355,8 +355,8 @@ def _reopen(path: Path, wanted: Recipe, overrides: Sequence[str]) -> Run:
         if new[section] != old.get(section):
             raise ValueError(f"`{section}` cannot change in the run {path}: leave it as it was, or train into another folder")
     if changed.train.batch != run.recipe.train.batch and run.latest() is not None:
-        raise ValueError(f"`train.batch` cannot change in the run {path}, whose steps count batches of {run.recipe.train.batch}: "
-                         "leave it as it was, or train into another folder")  # fmt: skip
+        counted = f"whose steps count batches of {run.recipe.train.batch}"
+        raise ValueError(f"`train.batch` cannot change in the run {path}, {counted}: leave it, or train into another folder")
     if changed != run.recipe:
         run = Run(path, changed)
         if Accelerator().is_main_process:
