@@ -294,9 +294,7 @@ def _features(images: Tensor, extractor: Extractor, what: str) -> Tensor:
     features = extractor.extract(images)
     if not torch.isfinite(features).all():
         bad = int((~torch.isfinite(features).all(1)).sum())
-        raise ValueError(
-            f"{what}: features of {bad} of {len(features)} samples are NaN or infinite: look at those images"
-        )
+        raise ValueError(f"{what}: features of {bad} of {len(features)} samples are NaN or infinite: look at those images")
     return features
 
 
