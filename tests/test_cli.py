@@ -140,6 +140,17 @@ def test_what_is_no_command_is_refused_in_the_usual_way(typed: Type) -> None:
     assert "--steps" in typed("sample", "x", "--stpes", 3).err
 
 
+@pytest.mark.parametrize("given, expected", [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "")])
+def test_threads_share_processors_unless_told_how_to_wait(typed: Type, monkeypatch: Any, given: dict, expected: str) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what is set during the test is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    typed("--version")
+    assert os.environ.get("GOMP_SPINCOUNT", "") == expected
+
+
 # ---- train
 
 
