@@ -8,7 +8,8 @@ from pathlib import Path
 # Read when the libraries are imported, so set before anything else is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait spin only briefly: on busy cores spinning takes all the time
+# Threads that wait spin only briefly: on busy cores spinning takes all the time there is.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import hypothesis
 import numpy as np
