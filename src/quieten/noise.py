@@ -64,6 +64,7 @@ class Noise:
     def __init__(self, seed: int, index: Sequence[int] | Tensor):
         self.seed = int(seed)
         self.index = torch.as_tensor(index, dtype=torch.int64).reshape(-1)
+        self._placed: dict[torch.device, Tensor] = {}  # the indices on each device, so that no draw waits for a copy
 
     def __len__(self) -> int:
         return len(self.index)
@@ -104,7 +105,9 @@ class Noise:
 
     def _keys(self, step: int, tag: str, device: torch.device) -> Tensor:
         key = _mix(_mix(_mix(self.seed) ^ zlib.crc32(tag.encode())) ^ (step & _MASK))
-        return _mix_tensor(self.index.to(device) ^ _signed(key))
+        if device not in self._placed:
+            self._placed[device] = self.index.to(device)
+        return _mix_tensor(self._placed[device] ^ _signed(key))
 
 
 class Draws:
