@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .gaussian import Gaussian, scalar
+from .gaussian import Gaussian, scalar, spread_over
 from .process import Level
 
 __all__ = ["Source", "Unit"]
@@ -23,7 +23,7 @@ class Unit:
     def __call__(self, denoiser: Denoiser, x: Tensor, lam: Level, p: Gaussian) -> Tensor:
         if isinstance(lam, float):
             return scalar(float(torch.sigmoid(torch.tensor(-lam, dtype=torch.float64))))
-        return torch.sigmoid(-lam).to(x).reshape(-1, *[1] * (x.ndim - 1))
+        return spread_over(torch.sigmoid(-lam), x)
 
     def __repr__(self) -> str:
         return "Unit()"

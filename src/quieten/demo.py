@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import build_grid
 from .data import Dataset, load
 from .denoiser import Denoiser
-from .features import Extractor
+from .features import Extractor, Statistics
 from .files import writing
 from .fit import train
 from .metrics import Result, frechet, sliced_wasserstein
@@ -64,6 +64,7 @@ class _Bench(NamedTuple):
     denoiser: Denoiser
     data: Dataset
     test: Dataset
+    reference: Statistics
     judge: Any
     n: int
     seed: int
@@ -97,7 +98,9 @@ def demo(
         return None
     run = Run.open(out)
     data, test = load("digits"), load("digits", split="test")
-    bench = _Bench(run, run.denoiser("ema"), data, test, _judge(data), n, seed)
+    pixels = Extractor.pixels()
+    reference = Statistics.of(pixels.extract(data.all()), pixels.hash)
+    bench = _Bench(run, run.denoiser("ema"), data, test, reference, _judge(data), n, seed)
     pairs = [(name, count) for name in names for count in steps]
     rows: list[Row] = []
     with Progress(n * len(pairs), 0, "sampling and measuring") as progress:
@@ -130,7 +133,7 @@ def _measure(bench: _Bench, name: str, steps: int, progress: Progress, before: i
         name,
         steps,
         model.rows // n,
-        frechet(x, data.all(), Extractor.pixels(), **protocol),
+        frechet(x, bench.reference, Extractor.pixels(), **protocol),
         sliced_wasserstein(x, data.all(), projections=PROJECTIONS, **protocol),
         _share(bench.judge, x, label),
         seconds,

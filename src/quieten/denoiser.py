@@ -124,6 +124,11 @@ def _show(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value.detach().flatten()[:3].tolist())
 
 
+def c_noise(lam: Tensor) -> Tensor:
+    """EDM's time of a network, ln(sigma / alpha) / 4 = -lam / 8."""
+    return -lam / 8
+
+
 def levels(lam: Level, x: Tensor) -> Tensor:
     """lam as a vector (B,) on the device of x: float64 from a float, so that an embedding sees all its digits."""
     if isinstance(lam, Tensor):
@@ -156,7 +161,7 @@ class Denoiser(nn.Module, ABC):
 
     def predict(self, x: Tensor, lam: Level, form: Form = "x0", **cond: Any) -> Tensor:
         """The prediction (B, *) in any parameterisation: "eps", "x0", "v", "score", "flow", "edm"."""
-        alpha, sigma = (spread_over(s, x) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales_over(lam, x)
         return convert(self(x, lam, **cond).mean, x, "x0", form, alpha, sigma)
 
     def bind(self, **cond: Any) -> Denoiser:
@@ -210,7 +215,7 @@ class Preconditioned(Denoiser):
         net: nn.Module,
         process: Process = VP,
         form: Form = "v",
-        embed: Callable[[Tensor], Tensor] | Table = lambda lam: -lam / 8,
+        embed: Callable[[Tensor], Tensor] | Table = c_noise,
         *,
         sigma_data: float | None = None,
         learned_range: bool = False,
@@ -228,9 +233,7 @@ class Preconditioned(Denoiser):
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         out, var = self._call(x, lam, cond)
-        alpha, sigma = self.process.scales(lam)
-        if isinstance(lam, Tensor):
-            alpha, sigma = spread_over(alpha, x), spread_over(sigma, x)
+        alpha, sigma = self.process.scales_over(lam, x)
         if var is not POINT:
             var = var * (sigma * sigma)
         return Gaussian(convert(out, x, self.form, "x0", alpha, sigma), var)
@@ -238,7 +241,7 @@ class Preconditioned(Denoiser):
     def predict(self, x: Tensor, lam: Level, form: Form = "x0", **cond: Any) -> Tensor:
         """The prediction, straight from the network's own form: exact at alpha = 0 where that form is."""
         out, _ = self._call(x, lam, cond)
-        alpha, sigma = (spread_over(s, x) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales_over(lam, x)
         return convert(out, x, self.form, form, alpha, sigma)
 
     def _call(self, x: Tensor, lam: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -291,7 +294,7 @@ class Preconditioned(Denoiser):
 
 def edm(net: nn.Module, process: Process = VE, sigma_data: float = 0.5, **kwargs: Any) -> Preconditioned:
     """EDM preconditioning in any process: the network sees unit variance and ln(sigma) / 4."""
-    return Preconditioned(net, process, edm_form(sigma_data), lambda lam: -lam / 8, sigma_data=sigma_data, **kwargs)
+    return Preconditioned(net, process, edm_form(sigma_data), c_noise, sigma_data=sigma_data, **kwargs)
 
 
 def ve(net: nn.Module, **kwargs: Any) -> Preconditioned:
@@ -337,4 +340,4 @@ def cosine_table(steps: int = 1000, max_beta: float = 0.999, offset: float = 0.0
     alpha_bar = torch.sin(0.5 * math.pi * j / (steps * (offset + 1))).square()
     ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp_min(1.0 - max_beta)
     log_alpha2 = torch.log(ratios.flip(0)).cumsum(0)  # of 1 / (1 + sigma^2), cleanest first
-    return Table(log_alpha2 - torch.log(-torch.expm1(log_alpha2)))
+    return Table.from_log_alpha2(log_alpha2)

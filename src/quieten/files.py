@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_atomic", "writing"]
+__all__ = ["sync_folder", "sync_tree", "write_atomic", "writing"]
 
 
 def write_atomic(path: str | Path, data: bytes) -> Path:
@@ -36,11 +36,25 @@ def write_atomic(path: str | Path, data: bytes) -> Path:
 def sync_folder(path: str | Path) -> None:
     """Makes renames within a folder durable, where the system knows how."""
     if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path, os.O_DIRECTORY)
+
+
+def sync_tree(path: str | Path) -> None:
+    """Brings a folder and all in it to the disk."""
+    for entry in Path(path).rglob("*"):
+        if entry.is_dir():
+            sync_folder(entry)
+        else:
+            _sync(entry)
+    sync_folder(path)
+
+
+def _sync(path: str | Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

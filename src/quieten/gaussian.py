@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ def scalar(value: float) -> Tensor:
     return POINT if value == 0.0 else torch.tensor(value, dtype=torch.float64)
 
 
+@overload
+def spread_over(value: float, x: Tensor) -> float: ...
+@overload
+def spread_over(value: Tensor, x: Tensor) -> Tensor: ...
 def spread_over(value: float | Tensor, x: Tensor) -> float | Tensor:
     """Shapes a per-example number so that it multiplies a state.
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser, form_coefficients
-from .gaussian import spread_over
 from .noise import Draws
 from .process import Process
 from .schedule import Schedule
@@ -168,8 +167,8 @@ class Denoising(Objective):
 
 def _noise(process: Process, x0: Tensor, lam: Tensor, draws: Draws) -> Noised:
     eps = draws.normal(x0, "eps")
-    alpha, sigma = (spread_over(s, x0) for s in process.scales(lam))
-    return Noised(x0, eps, alpha * x0 + sigma * eps, lam, alpha, sigma)  # type: ignore[arg-type]
+    alpha, sigma = process.scales_over(lam, x0)
+    return Noised(x0, eps, alpha * x0 + sigma * eps, lam, alpha, sigma)
 
 
 def _finite(lam: Tensor) -> Tensor:

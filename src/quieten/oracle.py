@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .gaussian import Gaussian, spread_over
+from .gaussian import Gaussian
 from .noise import Noise
 from .process import VE, Level, Process
 
@@ -98,7 +98,7 @@ class GaussianData(Oracle):
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         self._flat(x)
-        alpha, sigma = (spread_over(s, x) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales_over(lam, x)
         mean, var = self.mean.to(x), self.var.to(x)
         total = alpha * alpha * var + sigma * sigma
         residual = x - alpha * mean
@@ -108,7 +108,7 @@ class GaussianData(Oracle):
 
     def marginal(self, lam: Level, x: Tensor) -> Gaussian:
         """The distribution of x_t at `lam`, broadcasting to states like x."""
-        alpha, sigma = (spread_over(s, x) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales_over(lam, x)
         var = alpha * alpha * self.var.to(x) + sigma * sigma
         return Gaussian(alpha * self.mean.to(x) * torch.ones_like(x[:1]), var.expand_as(x), self.basis)
 
@@ -156,7 +156,7 @@ class MixtureData(Oracle):
     def _posterior(self, x: Tensor, lam: Level) -> tuple[Tensor, Tensor, Tensor]:
         """Log of joint densities (B, K), and each component's posterior mean and variance (B, K, D)."""
         flat = self._flat(x)[:, None]
-        alpha, sigma = (spread_over(s, flat) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales_over(lam, flat)
         means, vars = self.means.to(x).flatten(1), self.vars.to(x).flatten(1)
         total = alpha * alpha * vars + sigma * sigma
         residual = flat - alpha * means
@@ -208,7 +208,7 @@ class FiniteData(Oracle):
 
         As a product of matrices, about the mean point so that large offsets do not cancel.
         """
-        alpha, sigma = (spread_over(s, x.flatten(1)) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales_over(lam, x.flatten(1))
         points = self.points.to(x).flatten(1)
         centre = points.mean(0)
         points = points - centre
@@ -235,7 +235,7 @@ class FiniteData(Oracle):
         if isinstance(lam, float) and lam == math.inf:
             raise ValueError("`lam` must be finite: a finite set of points has no density")
         flat = self._flat(x)
-        alpha, sigma = (spread_over(s, flat) for s in self.process.scales(lam))
+        alpha, sigma = self.process.scales_over(lam, flat)
         centre = self.points.to(x).flatten(1).mean(0)
         row = -0.5 * (flat - alpha * centre).square().sum(1, keepdim=True) / (sigma * sigma)
         d = flat.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .gaussian import POINT, Gaussian, scalar, spread_over
 
-__all__ = ["FLOW", "PROCESSES", "VE", "VP", "Level", "Process"]
+__all__ = ["FLOW", "PROCESSES", "VE", "VP", "Level", "Process", "check_eta"]
 
 Level = float | Tensor
 """A log-SNR: a float inside the sampling loop, a tensor () or (B,) in training. +inf is data, -inf pure noise."""
@@ -26,6 +26,11 @@ class Process(ABC):
     @abstractmethod
     def scales(self, lam: Any) -> tuple[Any, Any]:
         """(alpha, sigma) at log-SNR `lam`: floats for a float, tensors of the same shape for a tensor."""
+
+    def scales_over(self, lam: Any, x: Tensor) -> tuple[Any, Any]:
+        """`scales`, shaped so that they multiply the state x (B, *), in its dtype and on its device."""
+        alpha, sigma = self.scales(lam)
+        return spread_over(alpha, x), spread_over(sigma, x)
 
     @abstractmethod
     def drift(self, lam: Any) -> Any:
@@ -103,8 +108,7 @@ class Process(ABC):
 
     def coefficients(self, lam_t: Level, lam_s: Level, eta: float = 1.0) -> tuple[Any, Any, Any, Any]:
         """(k, b, w, alpha_s) of `bridge`: floats for float levels, tensors for tensors."""
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"`eta` must lie in [0, 1] (got {eta}): 0 is DDIM, 1 is DDPM")
+        check_eta(eta)
         if eta > 0.0:
             _check_order(lam_t, lam_s)
         (_, sigma_t), (alpha_s, sigma_s) = self.scales(lam_t), self.scales(lam_s)
@@ -209,6 +213,12 @@ def _gap(lam_s: Level, lam_t: Level) -> Any:
     return torch.where(lam_s == lam_t, torch.zeros_like(lam_s), lam_s - lam_t)
 
 
+def check_eta(eta: float) -> None:
+    """Raises ValueError unless eta lies in [0, 1]."""
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"`eta` must lie in [0, 1] (got {eta}): 0 is DDIM, 1 is DDPM")
+
+
 def _check_order(lam_t: Level, lam_s: Level) -> None:
     """Raises unless lam_s >= lam_t; levels on a device are not looked at, since that would make the host wait for it."""
     if any(isinstance(lam, Tensor) and (type(lam) is not Tensor or lam.device.type != "cpu") for lam in (lam_t, lam_s)):
@@ -239,7 +249,7 @@ def _combine(k: Level, x: Tensor, b: Level, m: Tensor) -> Tensor:
 def _plus(w: Level, b2: Level, v: Tensor, like: Tensor) -> Tensor:
     """w + b2 v as a variance that broadcasts to `like`."""
     if v is POINT:
-        return scalar(w) if isinstance(w, float) else spread_over(w, like)  # type: ignore[return-value]
+        return scalar(w) if isinstance(w, float) else spread_over(w, like)
     if isinstance(w, float) and isinstance(b2, float):
         return torch.mul(v, b2).add_(w)
     return spread_over(w, like) + spread_over(b2, like) * v.to(like)

@@ -67,15 +67,10 @@ class Schedule(nn.Module, ABC):
         _check_steps(steps)
         if spacing not in ("uniform", "quadratic"):
             raise ValueError(f"`spacing` must be 'uniform' or 'quadratic' (got {spacing!r})")
-        u = torch.linspace(1.0, 0.0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
-        if spacing == "quadratic":
-            u = u.square()
         with torch.no_grad():
-            lam = self(u)
-        if steps > 1 and math.isinf(lam[-1]):  # the curve itself ends at the data: no level is spent on it
-            u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)[:-1]
-            with torch.no_grad():
-                lam = self(u.square() if spacing == "quadratic" else u)
+            spent = math.isinf(self(torch.zeros((), dtype=torch.float64)))  # the curve itself ends at the data
+            u = torch.linspace(1.0, 0.0, steps + spent, dtype=torch.float64)[:steps]
+            lam = self(u.square() if spacing == "quadratic" else u)
         return _end_at_data(lam.double())
 
 
@@ -285,7 +280,11 @@ class Table(Schedule):
     def from_betas(cls, betas: Tensor | Sequence[float]) -> Table:
         """From the betas of a discrete VP chain, summed in logarithms: float32 tables keep their meaning."""
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        log_alpha2 = torch.log1p(-betas).cumsum(0)
+        return cls.from_log_alpha2(torch.log1p(-betas).cumsum(0))
+
+    @classmethod
+    def from_log_alpha2(cls, log_alpha2: Tensor) -> Table:
+        """From log alpha_t^2 of a VP process, float64 (N,), cleanest first: exact where alpha_t^2 is nearly 1."""
         return cls(log_alpha2 - torch.log(-torch.expm1(log_alpha2)))
 
     @classmethod
@@ -403,7 +402,7 @@ def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: f
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"`sigma_min` must lie in (0, sigma_max) (got {sigma_min}, {sigma_max})")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     return _end_at_data(-2.0 * rho * torch.log(high + ramp * (low - high)))
 
 

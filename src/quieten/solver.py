@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .gaussian import Gaussian
-from .process import FLOW, VE, Process
+from .process import FLOW, VE, Process, check_eta
 from .schedule import Power, Rectified, Schedule
 from .transition import Step, Transition
 
@@ -235,7 +235,7 @@ class AdamsBashforth(Transition):
                 f"`coefficients` must be 'variable' or 'constant' and `start` 'ramp' or 'rk' (got {coefficients!r}, {start!r})"
             )
         self.order, self.coefficients, self.start = order, coefficients, start
-        self.starter = RK4()
+        self.starter = RK4() if start == "rk" else None
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
         x0, process = denoiser(x_t, lam_t), denoiser.process
@@ -245,7 +245,7 @@ class AdamsBashforth(Transition):
         eps = torch.sub(x_t, x0.mean, alpha=alpha_t).div_(sigma_t)
         history = ((math.exp(-0.5 * lam_t), eps), *(memory or ()))[: self.order]
         keep = history[: self.order - 1] or None
-        if self.start == "rk" and len(history) < self.order:
+        if self.starter is not None and len(history) < self.order:
             step = self.starter.step(denoiser, x_t, lam_t, lam_s, x0)
             return Step(step.p, x0, keep)
         p = process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0)
@@ -281,8 +281,7 @@ class Exponential(Transition):
         super().__init__()
         if order not in (1, 2, 3):
             raise ValueError(f"`order` must be 1, 2 or 3 (got {order!r})")
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"`eta` must lie in [0, 1] (got {eta}): 0 is the ODE")
+        check_eta(eta)
         self.order, self.eta = order, eta
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .denoiser import Denoiser
 from .gaussian import POINT, Gaussian, spread_over
-from .process import Level
+from .process import Level, check_eta
 from .wrap import Clip, clip
 
 __all__ = ["Ancestral", "Churn", "Langevin", "Step", "Transition"]
@@ -89,8 +89,7 @@ class Ancestral(Transition):
         range: bool = False,
     ):
         super().__init__()
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"`eta` must lie in [0, 1] (got {eta}): 0 is DDIM, 1 is DDPM")
+        check_eta(eta)
         if isinstance(clip, int | float) and not clip > 0:
             raise ValueError(f"`clip` must be positive (got {clip})")
         self.eta, self.spread, self.clip, self.keep_eps, self.range = eta, spread, clip, keep_eps, range
@@ -176,10 +175,10 @@ class Langevin(Transition):
         if lam_s != lam_t:
             return self.inner(denoiser, x_t, lam_t, lam_s, memory)
         x0 = denoiser(x_t, lam_t)
-        alpha, sigma = (spread_over(s, x_t) for s in denoiser.process.scales(lam_t))
+        alpha, sigma = denoiser.process.scales_over(lam_t, x_t)
         score = (alpha * x0.mean - x_t) / (sigma * sigma)
         per_dim = score.square().flatten(1).mean(1)  # ||s||^2 / D, of shape (B,)
-        size = (2.0 * self.snr**2 / per_dim.clamp_min(_TINY)).reshape(-1, *[1] * (x_t.ndim - 1))
+        size = spread_over(2.0 * self.snr**2 / per_dim.clamp_min(_TINY), x_t)
         return Step(Gaussian(x_t + size * score, 2.0 * size), x0)
 
 

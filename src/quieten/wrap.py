@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .gaussian import Gaussian
+from .gaussian import Gaussian, spread_over
 from .process import Level
 
 __all__ = ["Clipped", "Counted", "Extrapolated", "WithCovariance", "clip", "dynamic"]
@@ -33,8 +33,7 @@ def dynamic(quantile: float = 0.995, cap: float = 1.0) -> Callable[[Tensor], Ten
         raise ValueError(f"`quantile` must lie in (0, 1] and `cap` be at least 1 (got {quantile}, {cap})")
 
     def threshold(x0: Tensor) -> Tensor:
-        s = torch.quantile(x0.flatten(1).abs(), quantile, dim=1).clamp(1.0, cap)
-        s = s.reshape(-1, *[1] * (x0.ndim - 1))
+        s = spread_over(torch.quantile(x0.flatten(1).abs(), quantile, dim=1).clamp(1.0, cap), x0)
         return torch.minimum(torch.maximum(x0, -s), s) / s
 
     return threshold

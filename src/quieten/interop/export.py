@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ..denoiser import Denoiser, Preconditioned
+from ..files import sync_tree
 from ..process import VP
 from ..schedule import Table
 from .levels import FORMS, Index, betas
@@ -56,7 +56,7 @@ def to_diffusers(denoiser: Denoiser, path: str | Path, *, clip: float | None = N
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         pipeline.save_pretrained(part, safe_serialization=True)
-        _sync(part)
+        sync_tree(part)
         part.replace(target)  # an empty folder gives way, any other does not
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -99,13 +99,3 @@ def _chain(table: Table) -> dict[str, Any]:
         if torch.allclose(betas({**ends, "num_train_timesteps": len(table)}), chain, rtol=1e-6, atol=0.0):
             return ends
     return {"trained_betas": chain.tolist()}
-
-
-def _sync(folder: Path) -> None:
-    """Brings a folder and all in it to the disk before it is renamed."""
-    for entry in [*folder.rglob("*"), folder]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Form, edm_form
+from ..denoiser import Form, c_noise, edm_form
 from ..process import FLOW, VE, VP, Process
 from ..schedule import Linear, LogNormal, Rectified, Schedule, Table, karras
 from ..wrap import Clip, dynamic
@@ -198,7 +198,7 @@ def _edm(config: Mapping[str, Any]) -> Levels:
     return Levels(
         VE,
         form,
-        _c_noise,
+        c_noise,
         LogNormal(),
         sigma_data=sigma_data,
         spacing=config["sigma_schedule"],
@@ -238,11 +238,6 @@ def _negated(form: Any) -> Form:
         return -p, -q
 
     return coefficients
-
-
-def _c_noise(lam: Tensor) -> Tensor:
-    """EDM's ln(sigma) / 4."""
-    return -lam / 8
 
 
 def _sigma_spacing(config: Mapping[str, Any]) -> str | None:
