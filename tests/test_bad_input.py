@@ -304,7 +304,7 @@ def test_a_full_disk_is_one_line_and_damages_nothing(
     folder, no_room = disk
     if what == "arrays":  # only the arrays are to fail
         monkeypatch.setattr("quieten.plots.save_grid", lambda *_, **__: None)
-        monkeypatch.setattr("quieten.commands._target", lambda _, path, __: path)
+        monkeypatch.setattr("quieten.commands.sample._target", lambda _, path, __: path)
     before = contents(folder)
     weights = load_file(folder / "toy" / "ema.safetensors")
     with no_room:

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import quieten
-import quieten.commands
+import quieten.commands.sample
 from helpers import within
 from quieten.cli import main
 from quieten.data import Dataset
@@ -388,7 +388,7 @@ def test_ctrl_c_while_sampling_leaves_nothing(typed: Type, tmp_path: Path, toy: 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quieten.commands, "generate", interrupted)
+    monkeypatch.setattr(quieten.commands.sample, "generate", interrupted)
     assert typed("sample", toy, "--out", tmp_path / "x.png").code == 130
     assert not list(tmp_path.iterdir())
 
@@ -414,7 +414,7 @@ def test_sample_names_mistakes_before_it_works(
     typed: Type, tmp_path: Path, toy: Path, monkeypatch: Any, options: list[str], pieces: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quieten.commands, "generate", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(quieten.commands.sample, "generate", lambda *_, **__: pytest.fail("the work began"))
     refused(typed("sample", toy, *options), *pieces)
     assert not list(tmp_path.iterdir())
 
@@ -447,7 +447,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
     typed: Type, tmp_path: Path, toy: Path, monkeypatch: Any, option: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(quieten.commands, "generate", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(quieten.commands.sample, "generate", lambda *_, **__: pytest.fail("the work began"))
     target = tmp_path / "file" / f"x.{'png' if option == '--out' else 'npz'}"
     refused(typed("sample", toy, option, target), str(target), "cannot be written", "name another folder")
     if os.geteuid():  # root may write anywhere
@@ -467,7 +467,7 @@ def test_running_out_of_memory_is_one_line(typed: Type, toy: Path, tmp_path: Pat
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.\nmore")
 
-    monkeypatch.setattr(quieten.commands, "generate", fail)
+    monkeypatch.setattr(quieten.commands.sample, "generate", fail)
     refused(typed("sample", toy, "--out", tmp_path / "x.png"), "out of memory", "smaller --batch")
 
 

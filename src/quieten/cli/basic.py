@@ -1,44 +1,15 @@
-"""The command line. Nothing heavy is imported before a command runs, so that help is instant."""
+"""Train, sample, look around."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-__all__ = ["app", "main"]
+from .app import Device, Overrides, Weights, app
 
-app = typer.Typer(
-    name="quieten",
-    help="Diffusion models with less noise: train, sample and measure them.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, e.g. train.batch=64.")
-]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: the best there is.")]
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from . import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
-    pass
+__all__ = ["demo", "recipes", "sample", "samplers", "train"]
 
 
 @app.command()
@@ -61,7 +32,7 @@ def train(
 
         quieten train ~/pictures --set data.size=32
     """
-    from .commands import train as run
+    from ..commands.train import train as run
 
     if not run(recipe, out=out, changes=changes or [], data=data, download=download):
         raise typer.Exit(130)  # as for any program that Ctrl-C stops: `train ... && sample ...` does not go on
@@ -87,7 +58,7 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="PNG grid to write. Default: in the run's samples, or here.")] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the samples as uint8 arrays.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 64,
-    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    weights: Weights = "ema",
     device: Device = None,
 ) -> None:
     """Draw samples: writes a PNG grid, prints seed, evaluations and images/s.
@@ -100,7 +71,7 @@ def sample(
 
         quieten sample ./my-diffusers-model --steps 50 --transition ddim --npz samples.npz -n 1000
     """
-    from .commands import sample as run
+    from ..commands.sample import sample as run
 
     run(
         source, steps=steps, transition=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, eta=eta, clip=clip,
@@ -111,7 +82,7 @@ def sample(
 @app.command()
 def samplers() -> None:
     """List the samplers that --transition knows."""
-    from .samplers import SAMPLERS
+    from ..samplers import SAMPLERS
 
     for name, entry in SAMPLERS.items():
         typer.echo(f"{name:12s} {entry.about}")
@@ -120,7 +91,7 @@ def samplers() -> None:
 @app.command()
 def recipes() -> None:
     """List the recipes that `train` knows."""
-    from .config import FOLDER, recipe_names
+    from ..config import FOLDER, recipe_names
 
     for name in recipe_names():
         with (FOLDER / f"{name}.yaml").open(encoding="utf-8") as file:
@@ -137,46 +108,7 @@ def demo(
 
     Writes report.html, one self-contained page, into the folder.
     """
-    from .demo import demo as run
+    from ..demo import demo as run
 
     if run(out, changes or [], n=n) is None:
         raise typer.Exit(130)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; what a user can get wrong ends in one line on stderr and exit status 2.
-
-    With the environment variable QUIETEN_DEBUG set, the whole traceback is shown instead.
-    """
-    _share_processors()
-    try:
-        app(arguments, prog_name="quieten")
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        _fail(error)
-    except RuntimeError as error:
-        if "memory" not in str(error):  # torch has no class of its own for this on every device
-            raise
-        _fail(error, ": take a smaller --batch, or train.batch")
-
-
-def _share_processors() -> None:
-    """Lets threads that wait for one another sleep soon, unless the user says how they wait; before torch is imported.
-
-    GNU OpenMP spins for milliseconds by default. When another program takes a core, each of the thousand waits of a network
-    then burns the time its partner needs: with two busy loops beside it on 2 cores, sampling digits took over 40 times as
-    long as alone. With this many turns, some 20 microseconds, it took 3 to 4 times as long, and alone no longer than before.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-
-def _fail(error: Exception, remedy: str = "") -> NoReturn:
-    if os.environ.get("QUIETEN_DEBUG"):
-        raise error
-    sys.stdout.flush()
-    typer.echo(f"quieten: error: {' '.join(str(error).split()) or type(error).__name__}{remedy}", err=True)
-    sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,127 @@
+"""What commands work on: a run, an exported file, a model of the zoo, or a diffusers pipeline, opened by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .wrap import Clip
+
+__all__ = ["Source", "open_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to sample from.
+
+    Attributes:
+        denoiser: Conditions still free.
+        grid: (steps, spacing or None) to levels.
+        home: Where its samples go.
+        classes: Names of its classes; () without.
+        null: Values of the conditions that mean "none", for guidance; {} if it never learned one.
+        steps: Number of steps, unless told otherwise.
+        transition: Name of the sampler, unless told otherwise, and its options.
+        scale: Guidance, unless told otherwise.
+        clip: Bound on x0; None where there is none.
+        decode: From samples to images, for latent models.
+        prompt: From texts to conditions, for models that take text.
+        weights: Which weights these are, for the record.
+    """
+
+    denoiser: Denoiser
+    grid: Callable[[int, str | None], Tensor]
+    home: Path
+    classes: tuple[str, ...] = ()
+    null: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 20
+    transition: tuple[str, Mapping[str, Any]] = ("dpm++", {})
+    scale: float = 1.0
+    clip: Clip | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    prompt: Callable[[list[str]], dict[str, Tensor]] | None = None
+    weights: str = "pretrained"
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether a sample is something to look at."""
+        shape = self.denoiser.shape
+        return self.decode is not None or shape is None or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+def open_source(source: str, weights: str = "ema", device: str | None = None) -> Source:
+    """A run, an exported file, a model of the zoo, or a diffusers folder or hub id, ready to sample.
+
+    Raises:
+        ValueError: If it is nothing of the kind, or damaged, or the device cannot be used.
+    """
+    where, path = _device(device), Path(source).expanduser()
+    ours = source.startswith("zoo:") or path.suffix == ".safetensors" or (path / "config.yaml").is_file()
+    theirs = any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    hub_id = source.count("/") == 1 and not path.parent.is_dir() and path.parts[0] not in ("runs", "~")
+    if ours or not (theirs or hub_id):
+        return _from_run(source, weights, where)
+    return _from_diffusers(source, where)
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`--device {name}` cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+    return name
+
+
+def _from_run(source: str, weights: str, device: str) -> Source:
+    from .config import Part, build_grid
+    from .runs import load_with_recipe
+
+    path = Path(source).expanduser()
+    if not path.exists() and (Path("runs") / source / "config.yaml").is_file():
+        raise ValueError(f"no run in {source}: did you mean {Path('runs') / source}?")
+    denoiser, recipe = load_with_recipe(source, weights, device)
+    section, classes, shape = recipe.sample, recipe.data.classes, recipe.data.shape or ()
+
+    def grid(steps: int, spacing: str | None) -> Tensor:
+        if spacing is None or spacing == section.grid.kind:
+            return build_grid(recipe, steps)
+        part = Part(kind="karras") if spacing == "karras" else Part(kind="schedule", spacing=spacing)  # type: ignore[call-arg]
+        return build_grid(recipe.model_copy(update={"sample": section.model_copy(update={"grid": part})}), steps)
+
+    return Source(
+        denoiser,
+        grid,
+        home=path / "samples" if path.is_dir() else Path(),
+        classes=classes,
+        null={"label": len(classes)} if classes and recipe.objective.drop else {},
+        steps=section.steps,
+        transition=(section.transition.kind, section.transition.options),
+        scale=section.scale if classes else 1.0,
+        clip=1.0 if len(shape) == 3 else None,  # vectors have any range
+        weights=weights if path.is_dir() else "exported",
+    )
+
+
+def _from_diffusers(source: str, device: str) -> Source:
+    from .interop import from_diffusers
+
+    loaded = from_diffusers(source, device=device)
+    count = (loaded.classes or 0) - int("label" in loaded.null)
+    return Source(
+        loaded.denoiser,
+        loaded.grid,
+        home=Path(),
+        classes=tuple(map(str, range(count))),
+        null=loaded.null,
+        clip=loaded.clip,
+        decode=loaded.codec.decode if loaded.codec else None,
+        prompt=loaded.prompt,
+    )
