@@ -17,6 +17,7 @@ _WHERE = {
     ],
     "denoiser": ["Denoiser", "Preconditioned", "convert", "edm", "iddpm", "ve", "vp"],
     "wrap": ["Clipped", "Counted", "Extrapolated", "WithCovariance", "dynamic"],
+    "guidance": ["Gradient", "Guidance", "Guided", "Likelihood"],
     "transition": ["Ancestral", "Churn", "Langevin", "Step", "Transition"],
     "solver": ["RK2", "RK4", "AdamsBashforth", "Euler", "Exponential", "Heun", "RungeKutta"],
     "sampling": ["generate", "sample", "trajectory"],
