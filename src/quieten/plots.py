@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["COLOURS", "INK", "curve", "curve_png", "grid_image", "pareto", "save_grid"]
+__all__ = ["COLOURS", "INK", "curve", "curve_png", "figure_axes", "grid_image", "pareto", "save_grid"]
 
 INK = "#0a0b0c"
 COLOURS = ("#2a7fdb", "#d2620d", "#2a9152", "#a05ad6", "#d9406f", "#0f8f9c", "#9a7b0a", "#7a8290")
@@ -116,7 +116,7 @@ def curve(
     mean = _moving_mean(ys, max(1, round(smooth * len(ys))))
     if log is None:
         log = bool((ys > 0).all() and mean.max() > 5 * mean.min())
-    figure, axes = _axes(xlabel, ylabel, ink)
+    figure, axes = figure_axes(xlabel, ylabel, ink)
     bins = min(len(xs), 300)  # a picture has no room for more, and a long run would weigh megabytes
     blocks = [b.tolist() for b in torch.tensor_split(torch.arange(len(xs)), bins)]
     low, high = [float(ys[b].min()) for b in blocks], [float(ys[b].max()) for b in blocks]
@@ -164,7 +164,7 @@ def pareto(
     every = sorted(row for series in rows.values() for row in series)
     if not every or not all(0 < v < math.inf for cost, quality, _ in every for v in (cost, quality)):
         raise ValueError("points must hold positive finite costs and qualities: leave failed runs out")
-    figure, axes = _axes(xlabel, ylabel, ink)
+    figure, axes = figure_axes(xlabel, ylabel, ink)
     axes.set_xscale("log")
     axes.set_yscale("log")
     lines: list[Any] = []
@@ -208,7 +208,8 @@ def _spaced(positions: Sequence[float], ratio: float = 1.25) -> list[float]:
     return sorted(chosen)
 
 
-def _axes(xlabel: str, ylabel: str, ink: str) -> tuple[Figure, Axes]:
+def figure_axes(xlabel: str, ylabel: str, ink: str = INK) -> tuple[Figure, Axes]:
+    """An empty figure in the style of all of them: labels, light grid, no frame."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, 3.3), layout="constrained")  # small, so that text stays readable on a phone

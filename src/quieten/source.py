@@ -13,7 +13,7 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .wrap import Clip
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "device_of", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def open_source(source: str, weights: str = "ema", device: str | None = None) ->
     Raises:
         ValueError: If it is nothing of the kind, or damaged, or the device cannot be used.
     """
-    where, path = _device(device), Path(source).expanduser()
+    where, path = device_of(device), Path(source).expanduser()
     ours = source.startswith("zoo:") or path.suffix == ".safetensors" or (path / "config.yaml").is_file()
     theirs = any((path / name).is_file() for name in ("model_index.json", "config.json"))
     hub_id = source.count("/") == 1 and not path.parent.is_dir() and path.parts[0] not in ("runs", "~")
@@ -70,7 +70,12 @@ def open_source(source: str, weights: str = "ema", device: str | None = None) ->
     return _from_diffusers(source, where)
 
 
-def _device(name: str | None) -> str:
+def device_of(name: str | None) -> str:
+    """The device of that name, tried; the best there is for None.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
