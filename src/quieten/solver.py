@@ -83,6 +83,7 @@ class RungeKutta(Transition):
         weights: b_i (stages,).
         time: The time tau to integrate in, as the curve tau -> lam.
         scale: The process whose alpha scales the state.
+        last: "euler", or "stages" to keep all stages in the step to the data, which no stage must reach.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), eq. 4 and algorithm 3
@@ -96,8 +97,12 @@ class RungeKutta(Transition):
         weights: Sequence[float],
         time: Schedule | None = None,
         scale: Process | None = None,
+        last: str = "euler",
     ):
         super().__init__()
+        if last not in ("euler", "stages") or (last == "stages" and max(nodes) >= 1.0):
+            raise ValueError(f"`last` must be 'euler', or 'stages' where every node lies before the end (got {last!r})")
+        self.last = last
         self.nodes, self.matrix, self.weights = tuple(nodes), ((), *map(tuple, matrix)), tuple(weights)
         self.coordinates: Coordinates | None = None
         if time is not None or scale is not None:
@@ -117,12 +122,12 @@ class RungeKutta(Transition):
         process, at = denoiser.process, self.coordinates or (_FLOW if lam_t == -math.inf else _NOISE)
         if lam_t == -math.inf and not at._flow:
             raise ValueError(f"`lam_t` = -inf has no place in {at}: leave out `time` and `scale`, or start from a finite level")
-        if lam_s == math.inf and (at._noise or at._flow):
+        if lam_s == math.inf and self.last == "euler" and (at._noise or at._flow):
             return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0)
         tau, end = at.tau(lam_t), at.tau(lam_s)
         h, z = end - tau, x_t * at.factor(process, lam_t)
         slopes = [at.slope(z, x0.mean, tau, lam_t)]
-        if lam_s == math.inf:
+        if lam_s == math.inf and self.last == "euler":
             return Step(Gaussian(torch.add(z, slopes[0], alpha=h) / at.factor(process, lam_s)), x0)
         for c, row in zip(self.nodes[1:], self.matrix[1:], strict=True):
             tau_c, lam_c = tau + c * h, lam_s if c == 1.0 else at.lam(tau + c * h)
