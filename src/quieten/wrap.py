@@ -12,7 +12,7 @@ from .denoiser import Denoiser
 from .gaussian import Gaussian, spread_over
 from .process import Level
 
-__all__ = ["Clipped", "Counted", "Extrapolated", "WithCovariance", "clip", "dynamic"]
+__all__ = ["Clipped", "Counted", "Extrapolated", "WithCovariance", "clip", "dynamic", "paired"]
 
 Clip = float | Callable[[Tensor], Tensor]
 """How to bound an estimate of x0: clamp to [-c, c], or any map (B, *) -> (B, *) such as `dynamic()`."""
@@ -129,24 +129,30 @@ class Extrapolated(Denoiser):
         if self.weak is not None:
             p, weak = self.inner(x, lam, **cond), self.weak(x, lam, **cond).mean
         else:
-            p, weak = self._both(x, lam, cond)
+            p, weak = paired(self.inner, x, lam, cond, self.null)
         return Gaussian(torch.lerp(weak, p.mean, scale), p.var, p.basis)
 
-    def _both(self, x: Tensor, lam: Level, cond: dict[str, Any]) -> tuple[Gaussian, Tensor]:
-        """The conditional Gaussian and the null mean, from one pass over twice the batch."""
-        n = len(x)
-        missing = [name for name in self.null if name not in cond]
-        if missing:
-            raise ValueError(f"guidance needs the condition `{missing[0]}`: bind it, as in denoiser.bind({missing[0]}=...)")
-        both = {name: torch.cat([value, self._nothing(name, value)]) for name, value in cond.items()}
-        doubled = torch.cat([lam.expand(n)] * 2) if isinstance(lam, Tensor) else lam
-        p = self.inner(torch.cat([x, x]), doubled, **both)
-        return Gaussian(p.mean[:n], p.var[:n] if p.var.ndim else p.var, p.basis), p.mean[n:]
 
-    def _nothing(self, name: str, value: Tensor) -> Tensor:
-        if name not in self.null:
-            return value
-        return torch.as_tensor(self.null[name], dtype=value.dtype, device=value.device).expand_as(value)
+def paired(
+    denoiser: Denoiser, x: Tensor, lam: Level, cond: Mapping[str, Any], null: Mapping[str, Any]
+) -> tuple[Gaussian, Tensor]:
+    """The Gaussian under `cond` and the mean with `null` in the place of some conditions, from one pass over twice the batch.
+
+    Raises:
+        ValueError: If `null` replaces a condition that is not there.
+    """
+    n = len(x)
+    missing = [name for name in null if name not in cond]
+    if missing:
+        raise ValueError(f"guidance needs the condition `{missing[0]}`: bind it, as in denoiser.bind({missing[0]}=...)")
+
+    def nothing(name: str, value: Tensor) -> Tensor:
+        return torch.as_tensor(null[name], dtype=value.dtype, device=value.device).expand_as(value) if name in null else value
+
+    both = {name: torch.cat([value, nothing(name, value)]) for name, value in cond.items()}
+    doubled = torch.cat([lam.expand(n)] * 2) if isinstance(lam, Tensor) else lam
+    p = denoiser(torch.cat([x, x]), doubled, **both)
+    return Gaussian(p.mean[:n], p.var[:n] if p.var.ndim else p.var, p.basis), p.mean[n:]
 
 
 class Counted(Denoiser):
