@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Form
 from .gaussian import Gaussian, spread_over
 from .process import Level
 
@@ -64,9 +64,12 @@ class Clipped(Denoiser):
 class WithCovariance(Denoiser):
     """A denoiser with a variance from elsewhere.
 
+    It belongs next to the network: guidance goes around it.
+
     Arguments:
         inner: The denoiser; its mean is kept.
-        source: (inner, x_t, lam, inner's Gaussian) -> variance of x0 given x_t, as in `quieten.covariance`.
+        source: (inner, x_t, lam, inner's Gaussian) -> variance of x0 given x_t, as in `quieten.covariance`. If it has a
+            `basis`, the variance is diagonal there; if it has a method `gaussian`, that gives mean and variance in one pass.
     """
 
     def __init__(self, inner: Denoiser, source: Callable[[Denoiser, Tensor, Level, Gaussian], Tensor]):
@@ -74,9 +77,15 @@ class WithCovariance(Denoiser):
         self.inner, self.source, self.process, self.shape = inner, source, inner.process, inner.shape
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
-        bound = self.inner.bind(**cond)
+        bound, source = self.inner.bind(**cond), self.source
+        if hasattr(source, "gaussian"):
+            joint: Gaussian = source.gaussian(bound, x, lam)
+            return joint
         p = bound(x, lam)
-        return Gaussian(p.mean, self.source(bound, x, lam, p))
+        return Gaussian(p.mean, source(bound, x, lam, p), getattr(source, "basis", None))
+
+    def predict(self, x: Tensor, lam: Level, form: Form = "x0", **cond: Any) -> Tensor:
+        return self.inner.predict(x, lam, form, **cond)
 
 
 class Extrapolated(Denoiser):
@@ -84,16 +93,18 @@ class Extrapolated(Denoiser):
 
     With `null`, the weak prediction is the same network under other conditions (classifier-free guidance), and both come from
     one batched pass. With `weak`, it is another denoiser under the same conditions (autoguidance). The variance is that of
-    the conditional prediction.
+    the conditional prediction, or of the extrapolated field.
 
     Arguments:
         inner: The denoiser to strengthen.
         scale: Weight, 1 for none; a float, or a function of lam (float) for guidance in an interval of levels.
         null: The conditions that replace the given ones, by name; a scalar fills the given condition's shape.
         weak: The weaker denoiser.
+        spread: "conditional", or "guided" for var_weak + scale (var - var_weak), held above 0: what the Jacobian of the
+            extrapolated field says.
 
     Raises:
-        ValueError: Unless exactly one of `null` and `weak` is given.
+        ValueError: Unless exactly one of `null` and `weak` is given, or for an unknown `spread`.
 
     References:
         | Classifier-Free Diffusion Guidance (Ho, Salimans, 2022), eq. 6, with scale = 1 + w
@@ -109,10 +120,13 @@ class Extrapolated(Denoiser):
         *,
         null: Mapping[str, Any] | None = None,
         weak: Denoiser | None = None,
+        spread: str = "conditional",
     ):
         super().__init__()
         if (null is None) == (weak is None):
             raise ValueError("give `null` (classifier-free guidance) or `weak` (autoguidance), one of them")
+        if spread not in ("conditional", "guided"):
+            raise ValueError(f"`spread` must be 'conditional' or 'guided' (got {spread!r})")
         self.inner, self.scale, self.weak, self.process, self.shape = (
             inner,
             scale,
@@ -120,7 +134,7 @@ class Extrapolated(Denoiser):
             inner.process,
             inner.shape,
         )
-        self.null = dict(null or {})
+        self.null, self.spread = dict(null or {}), spread
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         scale = self.scale(lam) if callable(self.scale) else self.scale  # type: ignore[arg-type]
