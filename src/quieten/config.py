@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,9 @@ def build_denoiser(recipe: Recipe) -> Preconditioned:
 
     model, scale = recipe.model, recipe.model.time_scale
     net = build("net", model.net.kind, model.net.options, **_context(recipe))
+    if recipe.section("augment") is not None and "augment" not in inspect.signature(net.forward).parameters:
+        raise ValueError(f"`augment` needs a network that is told what was done: the net {model.net.kind!r} is not, "
+                         "take another or leave out the section")  # fmt: skip
     sigma_data = 0.5 if model.form == "edm" and model.sigma_data is None else model.sigma_data
     form = edm_form(sigma_data) if model.form == "edm" and sigma_data else model.form
     return Preconditioned(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .data import Dataset, Order
 from .noise import Noise
 from .objective import Batch
+from .parts import build
 from .schema import Recipe, Train
 
 __all__ = ["Batches", "examples", "moved", "positions_of"]
@@ -46,11 +47,18 @@ class Batches:
 
 
 def examples(data: Dataset, recipe: Recipe, index: Tensor, positions: Tensor, step: int) -> Batch:
-    """Examples of a step, mirrored as their places in the global batch say."""
+    """Examples of a step, mirrored and augmented as their places in the global batch say.
+
+    What a section `augment` did to each is its condition "augment", which the network sees.
+    """
     noise = Noise(recipe.train.seed, positions)
     mirrored: bool | Tensor = noise.uniform(step, "flip") < 0.5 if recipe.data.flip else False
     x0, label = data.batch(index, mirrored)
-    return Batch(x0, index, {} if label is None else {"label": label})
+    cond = {} if label is None else {"label": label}
+    augment = recipe.section("augment")
+    if augment is not None:
+        x0, cond["augment"] = build("augment", augment.kind, augment.options)(x0, noise, step)
+    return Batch(x0, index, cond)
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

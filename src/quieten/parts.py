@@ -45,6 +45,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
         "min-snr": "parts:weigh_min_snr",
     },
     "objective": {"denoising": "config:build_denoising"},
+    "augment": {"edm": "augment:EDMAugment"},
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
     "transition": {name: entry.make for name, entry in SAMPLERS.items()},
 }
