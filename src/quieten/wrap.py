@@ -141,10 +141,15 @@ class Extrapolated(Denoiser):
         if scale == 1.0:
             return self.inner(x, lam, **cond)
         if self.weak is not None:
-            p, weak = self.inner(x, lam, **cond), self.weak(x, lam, **cond).mean
+            p, weak = self.inner(x, lam, **cond), self.weak(x, lam, **cond)
         else:
-            p, weak = paired(self.inner, x, lam, cond, self.null)
-        return Gaussian(torch.lerp(weak, p.mean, scale), p.var, p.basis)
+            p, weak = _halves(self.inner, x, lam, cond, self.null)
+        var = p.var
+        if self.spread == "guided" and var is not weak.var:
+            if p.basis is not weak.basis:
+                raise ValueError("`spread`='guided' needs the variances of both denoisers in one basis: use 'conditional'")
+            var = (weak.var + scale * (var - weak.var)).clamp_min(0.0)
+        return Gaussian(torch.lerp(weak.mean, p.mean, scale), var, p.basis)
 
 
 def paired(
@@ -155,6 +160,14 @@ def paired(
     Raises:
         ValueError: If `null` replaces a condition that is not there.
     """
+    strong, weak = _halves(denoiser, x, lam, cond, null)
+    return strong, weak.mean
+
+
+def _halves(
+    denoiser: Denoiser, x: Tensor, lam: Level, cond: Mapping[str, Any], null: Mapping[str, Any]
+) -> tuple[Gaussian, Gaussian]:
+    """The Gaussians under `cond` and with `null`, from one pass."""
     n = len(x)
     missing = [name for name in null if name not in cond]
     if missing:
@@ -166,7 +179,11 @@ def paired(
     both = {name: torch.cat([value, nothing(name, value)]) for name, value in cond.items()}
     doubled = torch.cat([lam.expand(n)] * 2) if isinstance(lam, Tensor) else lam
     p = denoiser(torch.cat([x, x]), doubled, **both)
-    return Gaussian(p.mean[:n], p.var[:n] if p.var.ndim else p.var, p.basis), p.mean[n:]
+    shared = not p.var.ndim or len(p.var) == 1  # one variance for all rows
+    return (
+        Gaussian(p.mean[:n], p.var if shared else p.var[:n], p.basis),
+        Gaussian(p.mean[n:], p.var if shared else p.var[n:], p.basis),
+    )
 
 
 class Counted(Denoiser):
