@@ -18,7 +18,7 @@ from .process import Level
 from .solver import AdamsBashforth
 from .transition import Step, Transition
 
-__all__ = ["SCHEMES", "Projected", "Split"]
+__all__ = ["SCHEMES", "Memory", "Projected", "Split"]
 
 
 class Memory(NamedTuple):
