@@ -22,8 +22,11 @@ __all__ = [
     "Objective",
     "Target",
     "Update",
+    "dropped",
     "edm_weighting",
+    "level_dtype",
     "min_snr",
+    "noised_by",
 ]
 
 
@@ -130,20 +133,20 @@ class Denoising(Objective):
         self.schedule, self.weighting, self.target, self.drop = schedule, weighting, target, dict(drop or {})
 
     def forward(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Tensor:
-        u = self.schedule.draw(draws).to(_level_dtype(batch.x0)).to(batch.x0.device)
+        u = self.schedule.draw(draws).to(level_dtype(batch.x0)).to(batch.x0.device)
         if self.weighting == "likelihood":
             lam, rate = self.schedule.rate(u)
             weight = 0.5 * rate
         else:
             lam = self.schedule(u)
             weight = (WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting)(_finite(lam))
-        noised = _noise(denoiser.process, batch.x0, lam, draws)
+        noised = noised_by(denoiser.process, batch.x0, lam, draws)
         form = getattr(denoiser, "form", "x0")
         p, q = form_coefficients(form, noised.alpha, noised.sigma)
         with torch.no_grad():
             x0, eps = (noised.x0, noised.eps) if self.target is None else self.target(noised, batch)
         wanted = p * eps + q * x0
-        error = denoiser.predict(noised.x_t, lam, form, **self._dropped(batch.cond, draws)) - wanted
+        error = denoiser.predict(noised.x_t, lam, form, **dropped(batch.cond, self.drop, draws)) - wanted
         return (weight * self._in_eps(denoiser, _finite(lam))).to(error) * error.square().flatten(1).mean(1)
 
     def _in_eps(self, denoiser: Denoiser, lam: Tensor) -> Tensor:
@@ -152,20 +155,23 @@ class Denoising(Objective):
         p, q = form_coefficients(getattr(denoiser, "form", "x0"), alpha, sigma)
         return (alpha / (p * alpha - q * sigma)) ** 2
 
-    def _dropped(self, cond: Mapping[str, Tensor], draws: Draws) -> dict[str, Any]:
-        out = dict(cond)
-        for name, (probability, nothing) in self.drop.items():
-            if name not in out:
-                raise ValueError(
-                    f"`drop` names the condition {name!r}, which the batch does not have (it has {sorted(out) or 'none'})"
-                )
-            gone = (draws.uniform(f"drop {name}") < probability).to(out[name].device)
-            gone = gone.reshape(-1, *[1] * (out[name].ndim - 1))
-            out[name] = torch.where(gone, torch.full_like(out[name], nothing), out[name])
-        return out
+
+def dropped(cond: Mapping[str, Tensor], drop: Mapping[str, tuple[float, int | float]], draws: Draws) -> dict[str, Any]:
+    """The conditions of a batch, some of them replaced at random: name -> (probability, value that means "none")."""
+    out = dict(cond)
+    for name, (probability, nothing) in drop.items():
+        if name not in out:
+            raise ValueError(
+                f"`drop` names the condition {name!r}, which the batch does not have (it has {sorted(out) or 'none'})"
+            )
+        gone = (draws.uniform(f"drop {name}") < probability).to(out[name].device)
+        gone = gone.reshape(-1, *[1] * (out[name].ndim - 1))
+        out[name] = torch.where(gone, torch.full_like(out[name], nothing), out[name])
+    return out
 
 
-def _noise(process: Process, x0: Tensor, lam: Tensor, draws: Draws) -> Noised:
+def noised_by(process: Process, x0: Tensor, lam: Tensor, draws: Draws) -> Noised:
+    """Training examples at log-SNRs lam (B,)."""
     eps = draws.normal(x0, "eps")
     alpha, sigma = process.scales_over(lam, x0)
     return Noised(x0, eps, alpha * x0 + sigma * eps, lam, alpha, sigma)
@@ -176,7 +182,8 @@ def _finite(lam: Tensor) -> Tensor:
     return lam.clamp_min(-60.0)
 
 
-def _level_dtype(x: Tensor) -> torch.dtype:
+def level_dtype(x: Tensor) -> torch.dtype:
+    """float64, where the device of x has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
