@@ -36,6 +36,9 @@ class Process(ABC):
     def drift(self, lam: Any) -> Any:
         """d log(alpha) / d lam, the linear part of the process's differential equation."""
 
+    def check_mean(self) -> None:  # noqa: B027, no process but the encoded one has anything to refuse
+        """Raises ValueError, with the remedy, where a denoiser of this process returns anything but E[x0 | x_t]."""
+
     def prior(self, lam: Level) -> Gaussian:
         """The distribution from which sampling starts at `lam`: N(0, sigma^2), of a shape that broadcasts to any state.
 

@@ -119,6 +119,7 @@ class RungeKutta(Transition):
             raise ValueError(
                 "`lam_t` is +inf, where the ODE has no slope: start from a finite level (end the grid before +inf)"
             )
+        denoiser.process.check_mean()
         process, at = denoiser.process, self.coordinates or (_FLOW if lam_t == -math.inf else _NOISE)
         if lam_t == -math.inf and not at._flow:
             raise ValueError(f"`lam_t` = -inf has no place in {at}: leave out `time` and `scale`, or start from a finite level")
@@ -291,6 +292,7 @@ class Exponential(Transition):
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
         x0 = denoiser(x_t, lam_t)
+        denoiser.process.check_mean()
         if lam_t == -math.inf:
             return Step(denoiser.process.bridge(x0.mean, x_t, lam_t, lam_s, self.eta), x0)
         history = ((lam_t, x0.mean), *(memory or ()))[: self.order]

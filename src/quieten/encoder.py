@@ -1,0 +1,327 @@
+r"""A forward process whose data change with the level: z_t ~ N(alpha x_t, sigma^2 I), with x_t an encoding of x (DiffEnc).
+
+The encoder belongs to training and to the bound. A sampler never sees it: `Encoded` is the kernel of what it leaves behind.
+In the encoder's formulas alpha^2 and sigma^2 are sigmoid(lam) and sigmoid(-lam), whatever the scaling of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .denoiser import Denoiser
+from .gaussian import POINT, Gaussian, spread_over
+from .process import VP, Level, Process
+from .transition import Step, Transition
+
+__all__ = [
+    "COUNTERTERMS",
+    "Contraction",
+    "Encoded",
+    "EncodedFlow",
+    "Encoder",
+    "Learned",
+    "Moving",
+    "finite_rate",
+    "forward_rate",
+]
+
+COUNTERTERMS = ("sigma2", "none", "split")
+"""What stands for d x_t / d lam in the reverse process: sigma^2 x_hat (as released), nothing, or a prediction of its own."""
+
+
+class Encoder(nn.Module, ABC):
+    """From clean data and a level to encoded data.
+
+    References:
+        | DiffEnc: Variational Diffusion with a Learned Encoder (Nielsen et al., 2024)
+        | https://arxiv.org/abs/2310.19789
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, lam: Tensor) -> Tensor:
+        """Encoded data x_t (B, *) of clean data x (B, *) at log-SNRs lam (B,)."""
+
+    @abstractmethod
+    def with_rate(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and d x_t / d lam, both (B, *), from one call of what is learned, hence with one dropout mask."""
+
+
+class Contraction(Encoder):
+    """x_t = alpha^2 x: nothing is learned, and its rate sigma^2 x_t is what the counterterm "sigma2" says, exactly."""
+
+    def forward(self, x: Tensor, lam: Tensor) -> Tensor:
+        return spread_over(torch.sigmoid(lam), x) * x
+
+    def with_rate(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        x_t = self(x, lam)
+        return x_t, spread_over(torch.sigmoid(-lam), x) * x_t
+
+
+class Learned(Encoder):
+    r"""x_t = alpha^2 x + sigma^2 y(x, lam), with y from a network.
+
+    The rate is :math:`\dot x_t = \sigma^2 (x_t - y + \dot y)`; the derivative of y comes from forward-mode differentiation of
+    the same call, or from central differences where the network has an operation without one (a warning says so).
+
+    Arguments:
+        net: (x, lam (B,)) -> (B, *); an output that starts at zero makes the encoder start as `Contraction`.
+        bounded: Whether y passes through tanh, as in every released run.
+        scale: Factor k on y.
+        by_time: Multiplies y by the normalised time tau = (lam_max - lam) / (lam_max - lam_min) if "rising", by 1 - tau if
+            "falling", by nothing if None.
+        id_at_zero: y = x + net instead of net (then divided by max(1, max |y|) per example if `bounded`): starts as no
+            encoder at all, so that it can join a pretrained denoiser; with the counterterm "none".
+        lam_max: Log-SNR of tau = 0.
+        lam_min: Log-SNR of tau = 1.
+        step: Distance in lam of the central differences.
+
+    Raises:
+        ValueError: For an unknown `by_time`, or if the network returns another shape than that of x.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        bounded: bool = True,
+        scale: float = 1.0,
+        by_time: str | None = None,
+        id_at_zero: bool = False,
+        lam_max: float = 13.3,
+        lam_min: float = -5.0,
+        step: float = 1e-2,
+    ):
+        super().__init__()
+        if by_time not in (None, "rising", "falling"):
+            raise ValueError(f"`by_time` must be 'rising', 'falling' or None (got {by_time!r})")
+        if any(isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels for m in net.modules()):
+            warnings.warn("the encoder's `net` normalises every channel by itself (GroupNorm with a group per channel), which "
+                          "removes the level from it: use fewer groups", stacklevel=2)  # fmt: skip
+        self.net, self.bounded, self.scale, self.by_time, self.id_at_zero = net, bounded, scale, by_time, id_at_zero
+        self.lam_max, self.lam_min, self.step = lam_max, lam_min, step
+        self._forward_mode = True
+
+    def forward(self, x: Tensor, lam: Tensor) -> Tensor:
+        a2, s2 = _squares(lam, x)
+        return a2 * x + s2 * self.y(x, lam)
+
+    def with_rate(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        y, y_rate = self.y_with_rate(x, lam)
+        a2, s2 = _squares(lam, x)
+        x_t = a2 * x + s2 * y
+        return x_t, s2 * (x_t - y + y_rate)
+
+    def y(self, x: Tensor, lam: Tensor) -> Tensor:
+        """What the network makes of the data, with its bounds: (B, *)."""
+        y = self.net(x, lam)
+        if y.shape != x.shape:
+            raise ValueError(f"the encoder's `net` returned shape {tuple(y.shape)} for data {tuple(x.shape)}: they must agree")
+        if self.id_at_zero:
+            y = x + y
+            if self.bounded and y.numel():
+                y = y / y.abs().flatten(1).amax(1).clamp_min(1.0).reshape(-1, *[1] * (y.ndim - 1))
+        elif self.bounded:
+            y = y.tanh()
+        if self.by_time is not None:
+            tau = (self.lam_max - lam) / (self.lam_max - self.lam_min)
+            y = y * spread_over(tau if self.by_time == "rising" else 1.0 - tau, y)
+        return y if self.scale == 1.0 else self.scale * y
+
+    def y_with_rate(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """y and d y / d lam, both (B, *)."""
+        lam = lam.expand(len(x))
+        if self._forward_mode:
+            try:
+                return forward_rate(lambda level: self.y(x, level), lam)
+            except (NotImplementedError, RuntimeError) as error:
+                self.y(x, lam[: len(x)])  # an error that has nothing to do with forward mode is raised here
+                self._forward_mode = False
+                warnings.warn(f"the encoder's `net` has no forward-mode derivative ({str(error).splitlines()[0]}): central "
+                              f"differences of step {self.step:g} in lam stand in for it", stacklevel=3)  # fmt: skip
+        return finite_rate(lambda level: self.y(x, level), lam, self.step)
+
+    def extra_repr(self) -> str:
+        return f"bounded={self.bounded}, scale={self.scale}, by_time={self.by_time}, id_at_zero={self.id_at_zero}"
+
+
+def forward_rate(f: Callable[[Tensor], Tensor], lam: Tensor) -> tuple[Tensor, Tensor]:
+    """f(lam) and its derivative, by one forward-mode call; gradients flow through both."""
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
+        result = torch.func.jvp(f, (lam,), (torch.ones_like(lam),))
+    return result[0], result[1]
+
+
+def finite_rate(f: Callable[[Tensor], Tensor], lam: Tensor, step: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """f(lam) and its central difference, of error step^2; the three calls see the same random numbers."""
+    results = []
+    for shift in (0.0, step, -step):
+        with _replayed(lam.device, again=shift != -step):
+            results.append(f(lam + shift))
+    y, above, below = results
+    return y, (above - below) / (2.0 * step)
+
+
+@contextlib.contextmanager
+def _replayed(device: torch.device, again: bool) -> Iterator[None]:
+    """Restores the random state afterwards, so that the next call draws the same numbers, unless this is the last."""
+    if not again:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _squares(lam: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha^2 and sigma^2 of the VP scaling, shaped as x."""
+    return spread_over(torch.sigmoid(lam), x), spread_over(torch.sigmoid(-lam), x)
+
+
+# ---- what is left of the encoder after training
+
+
+class Moving(Gaussian):
+    """A Gaussian over the encoded data x_t, with an estimate of their rate d x_t / d lam.
+
+    Attributes:
+        rate: E[d x_t / d lam | z_t], of the mean's shape.
+    """
+
+    def __init__(self, mean: Tensor, var: Tensor = POINT, basis: Any = None, *, rate: Tensor):
+        super().__init__(mean, var, basis)
+        object.__setattr__(self, "rate", rate)
+
+    rate: Tensor
+
+
+class Encoded(Process):
+    r"""The reverse process of a model that was trained with an encoder: it needs only the denoiser.
+
+    The kernel is that of the base process, at eta = 1, plus :math:`\alpha_s h\, \hat d`, with :math:`h = \lambda_s -
+    \lambda_t` and :math:`\hat d` the counterterm's estimate of the rate of the encoded data. A denoiser with this process
+    returns x_hat, the estimate that the bound trains, as its mean: not E[x0 | x_t], whence what is refused here. A step to
+    +inf returns z_t / alpha_t, which is what the decoder of the bound reads.
+
+    Arguments:
+        base: The process of the scales.
+        counterterm: One of `COUNTERTERMS`; "split" needs a denoiser that returns `Moving`.
+        trained: Whether the encoder was; with "sigma2", x_hat of a `Contraction` is E[x_t | z_t], of a trained one it is not.
+
+    Raises:
+        ValueError: For an unknown counterterm, or a base that is itself encoded.
+    """
+
+    def __init__(self, base: Process = VP, counterterm: str = "sigma2", trained: bool = True):
+        if counterterm not in COUNTERTERMS:
+            raise ValueError(f"`counterterm` must be one of {', '.join(COUNTERTERMS)} (got {counterterm!r})")
+        if isinstance(base, Encoded):
+            raise ValueError("`base` is an encoded process already: give the process of its scales")
+        self.base, self.counterterm, self.trained = base, counterterm, trained
+
+    @property
+    def knows_score(self) -> bool:
+        """Whether x_hat is E[x_t | z_t], from which the score of z_t follows."""
+        return self.counterterm == "split" or (self.counterterm == "sigma2" and not self.trained)
+
+    def scales(self, lam: Any) -> tuple[Any, Any]:
+        return self.base.scales(lam)
+
+    def drift(self, lam: Any) -> Any:
+        return self.base.drift(lam)
+
+    def check_mean(self) -> None:
+        raise ValueError("the estimate of a denoiser that was trained with an encoder is not E[x0 | x_t], which this "
+                         f"needs: {self._remedy}")  # fmt: skip
+
+    @property
+    def _remedy(self) -> str:
+        if self.knows_score:
+            return "sample it with Ancestral() or EncodedFlow()"
+        return "sample it with Ancestral(), or train it with the counterterm 'split' for EncodedFlow()"
+
+    def prior(self, lam: Level) -> Gaussian:
+        return self.base.prior(lam)
+
+    def rate(self, x0: Gaussian | Tensor, lam: Level) -> Tensor:
+        r"""The counterterm's estimate of d x_t / d lam, (B, *): :math:`\sigma^2 \hat x`, zero, or the denoiser's own."""
+        mean = x0.mean if isinstance(x0, Gaussian) else x0
+        if self.counterterm == "none":
+            return torch.zeros_like(mean)
+        if self.counterterm == "sigma2":
+            return mean * spread_over(VP.scales(lam)[1] ** 2, mean)
+        if not isinstance(x0, Moving):
+            raise ValueError("the counterterm 'split' needs a denoiser that predicts the rate too: one that returns `Moving`")
+        return x0.rate
+
+    def bridge(
+        self,
+        x0: Tensor | Gaussian,
+        x_t: Tensor,
+        lam_t: Level,
+        lam_s: Level,
+        eta: float = 1.0,
+        keep: Tensor | None = None,
+    ) -> Gaussian:
+        """The kernel p(z_s | z_t); see `Process.bridge` for the arguments.
+
+        Raises:
+            ValueError: If eta is not 1, for a clipped or uncertain x0, or without the rate that "split" needs.
+        """
+        if eta != 1.0:
+            raise ValueError(f"`eta` must be 1 for a denoiser that was trained with an encoder (got {eta}): DDIM and ODE "
+                             f"solvers need E[x0 | x_t], which it does not know; {self._remedy}")  # fmt: skip
+        if keep is not None or (isinstance(x0, Gaussian) and x0.var is not POINT):
+            raise ValueError("clipping with `keep_eps`, and variances of x0, have no meaning for a denoiser that was trained "
+                             "with an encoder: leave them out")  # fmt: skip
+        if isinstance(lam_s, float) and lam_s == float("inf"):
+            alpha_t, _ = self.scales(lam_t)
+            return Gaussian(x_t / spread_over(alpha_t, x_t))
+        p = self.base.bridge(x0, x_t, lam_t, lam_s)
+        alpha_s, _ = self.scales(lam_s)
+        h = lam_s - lam_t
+        return Gaussian(p.mean + spread_over(alpha_s * h, x_t) * self.rate(x0, lam_t), p.var)
+
+    def __repr__(self) -> str:
+        return f"Encoded({self.base}, {self.counterterm!r})"
+
+
+class EncodedFlow(Transition):
+    r"""The probability-flow ODE of an encoded process, by Heun's method; 2 evaluations a step.
+
+    .. math:: d(z / \alpha) = \hat\epsilon\, d(\sigma / \alpha) + E[\dot x_t \mid z]\, d\lambda
+
+    Exists where E[x_t | z_t] and its rate are known apart: with the counterterm "split", or without a trained encoder.
+
+    Raises:
+        ValueError: For a denoiser of another kind.
+    """
+
+    def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
+        process = denoiser.process
+        if not isinstance(process, Encoded) or not process.knows_score:
+            raise ValueError(f"EncodedFlow needs a denoiser with the counterterm 'split', or an encoder that was not trained "
+                             f"(got the process {process}): sample it with Ancestral()")  # fmt: skip
+        x0, eps, rate = _flow(denoiser, process, x_t, lam_t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.scales(lam_t), process.scales(lam_s)
+        if lam_s == float("inf"):
+            return Step(process.bridge(x0.mean if process.counterterm == "sigma2" else x0, x_t, lam_t, lam_s), x0)
+        span, h = sigma_s / alpha_s - sigma_t / alpha_t, lam_s - lam_t
+        y = x_t / spread_over(alpha_t, x_t)
+        alpha, span, h = (spread_over(value, x_t) for value in (alpha_s, span, h))
+        _, eps_s, rate_s = _flow(denoiser, process, alpha * (y + span * eps + h * rate), lam_s)
+        return Step(Gaussian(alpha * (y + 0.5 * span * (eps + eps_s) + 0.5 * h * (rate + rate_s))), x0)
+
+
+def _flow(denoiser: Denoiser, process: Encoded, z: Tensor, lam: Level) -> tuple[Gaussian, Tensor, Tensor]:
+    """The denoiser's answer, eps_hat and the rate of the encoded data."""
+    p = denoiser(z, lam)
+    alpha, sigma = process.scales_over(lam, z)
+    return p, (z - alpha * p.mean) / sigma, process.rate(p, lam)
