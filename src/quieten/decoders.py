@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .gaussian import Gaussian, scalar
 from .noise import Draws
-from .process import VP, Process
+from .process import VP, Level, Process
 from .transition import Step
 
 __all__ = [
@@ -111,14 +111,14 @@ class Decoder(ABC):
         return self
 
     @abstractmethod
-    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: float) -> Tensor:
+    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: Level) -> Tensor:
         """-log P(x0 | x_t) in nats per example: (B,).
 
         Arguments:
             step: The transition from x_t to the data (lam_s = +inf); None where `uses_step` is False.
             x0: What `prepare` returned (B, *).
             x_t: State at the cleanest level (B, *).
-            lam_t: Its log-SNR.
+            lam_t: Its log-SNR, a float or ().
         """
 
 
@@ -147,7 +147,7 @@ class Discretised(Decoder):
             raise ValueError(f"`compat` must be None or 'official' (got {compat!r})")
         self.var, self.pixels, self.compat = var, pixels, compat
 
-    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: float) -> Tensor:
+    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: Level) -> Tensor:
         p = _last_kernel(step, self.var)
         if p.basis is not None:
             raise ValueError("the kernel's variance is diagonal in another basis, where pixels depend on each other: give the "
@@ -186,11 +186,11 @@ class Flat(Decoder):
     def __init__(self, process: Process = VP, pixels: Pixels = PIXELS):
         self.process, self.pixels = process, pixels
 
-    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: float) -> Tensor:
+    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: Level) -> Tensor:
         pixels = self.pixels
         alpha, sigma = self.process.scales(lam_t)
         z, width = x_t / alpha, 2.0 * pixels.half * alpha / sigma  # distance of neighbours in standard deviations
-        reach = min(pixels.levels - 1, 1 + math.ceil(9.0 / width))
+        reach = min(pixels.levels - 1, 1 + math.ceil(9.0 / float(width)))
         if 2 * reach + 1 >= pixels.levels:
             near = torch.arange(pixels.levels, device=z.device)
         else:
@@ -199,7 +199,7 @@ class Flat(Decoder):
         logits = logits.masked_fill((near < 0) | (near >= pixels.levels), -math.inf)
         return summed(logits.logsumexp(-1) - self._logits(z, pixels.index(x0), alpha / sigma))
 
-    def _logits(self, z: Tensor, index: Tensor, scale: float) -> Tensor:
+    def _logits(self, z: Tensor, index: Tensor, scale: Any) -> Tensor:
         value = index.to(z.dtype) * (2.0 * self.pixels.half) - self.pixels.top
         return -0.5 * ((z - value) * scale).square()
 
@@ -218,7 +218,7 @@ class Plain(Decoder):
         _check_var(var)
         self.var = var
 
-    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: float) -> Tensor:
+    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: Level) -> Tensor:
         return -_last_kernel(step, self.var).log_prob(x0)
 
     def fitted(self, mse: float) -> Plain:
@@ -251,7 +251,7 @@ class Dequantised(Plain):
         uniform = torch.special.ndtr(draws.normal(x0, "dequantise"))
         return x0 + (2.0 * uniform - 1.0) * self.pixels.half
 
-    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: float) -> Tensor:
+    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: Level) -> Tensor:
         return super().__call__(step, x0, x_t, lam_t) - math.log(2.0 * self.pixels.half) * math.prod(x0.shape[1:])
 
     def fitted(self, mse: float) -> Dequantised:
