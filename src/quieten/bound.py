@@ -3,7 +3,7 @@ r"""The variational bound as a loss: VDM, and DiffEnc when an encoder takes part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .encoder import Encoded, Encoder
 from .gaussian import Gaussian, spread_over
 from .learned import Shaped
 from .noise import Draws
-from .objective import Batch, Objective
+from .objective import Batch, Objective, dropped, level_dtype
 from .process import Process
 from .schedule import Schedule
 from .transition import Step, Transition
@@ -59,6 +59,7 @@ class VariationalBound(Objective):
         reverse_variance: "equal" (to that of the posterior), or, for T steps, "optimal": widened by a running estimate of
             what makes the bound smallest, see `Widened`.
         momentum: Of that running estimate, per visit of a step.
+        drop: Conditions to drop at random, as in `Denoising`.
 
     Raises:
         ValueError: For a combination that has no meaning.
@@ -80,6 +81,7 @@ class VariationalBound(Objective):
         shape: str = "bound",
         reverse_variance: str = "equal",
         momentum: float = 0.02,
+        drop: Mapping[str, tuple[float, int | float]] | None = None,
     ):
         super().__init__()
         if steps is not None and steps < 1:
@@ -96,7 +98,7 @@ class VariationalBound(Objective):
             raise ValueError("`reverse_variance` other than 'equal' makes the bound infinite in continuous time: give `steps`")
         _check_falling(schedule)
         self.schedule, self.decoder, self.steps, self.encoder = schedule, decoder, steps, encoder
-        self.shape, self.momentum = shape, momentum
+        self.shape, self.momentum, self.drop = shape, momentum, dict(drop or {})
         self.register_buffer("excess", torch.zeros(steps or 0, dtype=torch.float64) if reverse_variance == "optimal" else None)
         self.excess: Tensor | None
 
@@ -112,7 +114,7 @@ class VariationalBound(Objective):
             ValueError: If encoder and process do not belong together, or the schedule's ends are not finite.
         """
         process = self._process(denoiser)
-        ends = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64).to(batch.x0.device, _wide(batch.x0)))
+        ends = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64).to(batch.x0.device, level_dtype(batch.x0)))
         x_first, x_last = self._encoded_ends(batch.x0, ends)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._ends_learn()):
             noise = draws.normal(batch.x0, "decoder")
@@ -128,7 +130,7 @@ class VariationalBound(Objective):
     # -- the diffusion term
 
     def _continuous(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Terms:
-        u = self.schedule.draw(draws).to(batch.x0.device, _wide(batch.x0))
+        u = self.schedule.draw(draws).to(batch.x0.device, level_dtype(batch.x0))
         shape: tuple[Tensor, ...] = ()
         if self.shape == "variance" and isinstance(self.schedule, Shaped):
             shape = self.schedule.shape(u)
@@ -149,7 +151,7 @@ class VariationalBound(Objective):
 
     def _discrete(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Terms:
         steps = int(self.steps or 1)
-        u = self.schedule.draw(draws).to(batch.x0.device, _wide(batch.x0))
+        u = self.schedule.draw(draws).to(batch.x0.device, level_dtype(batch.x0))
         index = (u * steps).ceil().clamp_(1, steps)
         lam, lam_s = self.schedule(index / steps), self.schedule((index - 1) / steps)
         h = lam_s - lam
@@ -166,7 +168,7 @@ class VariationalBound(Objective):
         self, denoiser: Denoiser, x_t: Tensor, lam: Tensor, cond: dict[str, Tensor], draws: Draws
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """exp(lam / 2) (x_t - x_hat), the counterterm d_hat, and, for "split", the squared error of x_hat (B,)."""
-        process = self._process(denoiser)
+        process, cond = self._process(denoiser), dropped(cond, self.drop, draws)
         eps = draws.normal(x_t, "eps")
         alpha, sigma = process.scales_over(lam, x_t)
         z = alpha * x_t + sigma * eps
@@ -236,10 +238,6 @@ def _prior(process: Process, x: Tensor, lam: Tensor) -> Tensor:
 
 def _squared(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _check_falling(schedule: Schedule) -> None:

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fourier import fourier
+
 __all__ = ["MLP", "Classifier", "Embedding", "Net", "UNet"]
 
 L = TypeVar("L", nn.Linear, nn.Conv2d)
@@ -221,6 +223,7 @@ class UNet(Net):
         out_channels: Channels of the output; `channels` by default.
         detail: Channels of the full-resolution path, which is also the map that `features` returns.
         t_scale: Factor on t that brings it within [-10, 10], see :class:`Embedding`.
+        powers: Fourier features of the input, see :func:`quieten.fourier.fourier`: (6, 7) for likelihoods of 8-bit images.
 
     Raises:
         ValueError: If an argument is out of range, or `size` is not divisible as said above.
@@ -245,6 +248,7 @@ class UNet(Net):
         out_channels: int | None = None,
         detail: int = 16,
         t_scale: float = 1.0,
+        powers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         patch = patch or (1 if size < 16 else 2 if size <= 64 else 4)
@@ -254,7 +258,7 @@ class UNet(Net):
         attention = (levels - 1,) if attention is None else tuple(attention)
         check_unet(size, mult, counts, attention, patch)
 
-        self.channels, self.out_channels, self.patch = channels, out_channels or channels, patch
+        self.channels, self.out_channels, self.patch, self.powers = channels, out_channels or channels, patch, tuple(powers)
         self.feature_channels = detail
         self.multiple = patch * 2 ** (levels - 1)
         widths = [width * m for m in mult]
@@ -263,7 +267,7 @@ class UNet(Net):
         def level(i: int, attend: bool = False) -> Level:
             return Level(widths[i], counts[i], attend, self.embed.channels, dropout)
 
-        self.detail = nn.Conv2d(channels, detail, 3, padding=1)
+        self.detail = nn.Conv2d(channels * (1 + 2 * len(self.powers)), detail, 3, padding=1)
         self.stem = nn.Conv2d(detail, widths[0], patch, stride=patch)
         self.encoder = nn.ModuleList(level(i, i in attention) for i in range(levels))
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
@@ -279,7 +283,7 @@ class UNet(Net):
         embedded = self.embed(per_example(t, x), label)
         # Channels-last from here on, whatever the layout of x: the norms want it, and on CPUs convolutions with few
         # channels are several times faster in it.
-        detail = self.detail(x).contiguous(memory_format=torch.channels_last)
+        detail = self.detail(fourier(x, self.powers)).contiguous(memory_format=torch.channels_last)
         h = self.encoder[0](self.stem(detail), embedded)
         skips = []
         for down, level in zip(self.down, self.encoder[1:], strict=True):

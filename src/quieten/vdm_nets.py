@@ -3,31 +3,15 @@ r"""The networks of VDM and DiffEnc, layer for layer, so that their published se
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fourier import fourier
 from .nets import Embedding, Net, per_example, zeroed
 
-__all__ = ["EncoderUNet", "ScoreUNet", "fourier"]
-
-
-def fourier(x: Tensor, powers: Sequence[int]) -> Tensor:
-    r"""x (B, C, *) with sin and cos of :math:`2 \pi 2^k x` behind it: (B, C (1 + 2 len(powers)), *).
-
-    Near the data the network's input must tell apart values that differ by a 256th. Order: x, all sines (channel by
-    channel, k rising), all cosines.
-
-    References:
-        | Variational Diffusion Models (Kingma et al., 2021), appendix C
-        | https://arxiv.org/abs/2107.00630
-    """
-    if not powers:
-        return x
-    angle = torch.stack([2.0 * math.pi * 2.0**k * x for k in powers], dim=2).flatten(1, 2)
-    return torch.cat([x, angle.sin(), angle.cos()], dim=1)
+__all__ = ["EncoderUNet", "ScoreUNet"]
 
 
 class Times(Embedding):
