@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import refuses, within
 from torch import Tensor
 
+from helpers import refuses, within
 from quieten.decoders import PIXELS, Dequantised, Discretised, Flat, Pixels, Plain, log_discretised_normal
 from quieten.gaussian import POINT, Gaussian
 from quieten.noise import Draws

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import refuses, within
 from torch import Tensor
 
+from helpers import refuses, within
 from quieten.decoders import Discretised, Plain
 from quieten.grids import (
     SPACINGS,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DATA, f64, gaussian_data, refuses, within
 from torch import Tensor
 
+from helpers import DATA, f64, gaussian_data, refuses, within
 from quieten.covariance import Unit
 from quieten.decoders import Dequantised, Discretised, Flat, Pixels, Plain
 from quieten.denoiser import Denoiser, Preconditioned

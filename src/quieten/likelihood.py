@@ -10,7 +10,7 @@ in nats per example. `Bound.bits_per_dim` divides by D ln 2. With a decoder of d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from .transition import Ancestral, Step, Transition
 if TYPE_CHECKING:
     from .encoder import Encoder
 
-__all__ = ["Bound", "elbo"]
+__all__ = ["Bound", "elbo", "evaluate", "fit_decoder"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,99 @@ def elbo(
             raise ValueError("`transition` belongs to a bound in steps: leave it out with a schedule, or give a grid")
         return _continuous(denoiser, x0, decoder, grid_or_schedule, draws, encoder)
     return _in_steps(denoiser, x0, decoder, grid_or_schedule, draws, encoder, transition or Ancestral())
+
+
+@torch.no_grad()
+def evaluate(
+    denoiser: Denoiser,
+    x0: Tensor,
+    decoder: Decoder,
+    grid_or_schedule: Tensor | Schedule,
+    *,
+    cond: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    encoder: Encoder | None = None,
+    transition: Transition | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Bound:
+    """`elbo` of many examples in batches, without gradients: the same for a seed, whatever the batch.
+
+    Arguments:
+        denoiser: Conditions free or bound.
+        x0: Data (N, *), on any device.
+        decoder: As in `elbo`.
+        grid_or_schedule: As in `elbo`.
+        cond: Conditions by name, each (N, ...).
+        seed: Key of the noise; example i of a seed has its own.
+        batch: Examples at once.
+        encoder: As in `elbo`.
+        transition: As in `elbo`.
+        progress: Called with the number of examples done, after each batch.
+
+    Raises:
+        ValueError: As `elbo`, and if the bound of an example is not finite.
+    """
+    device = _device_of(denoiser)
+    bounds = []
+    for i in range(0, max(len(x0), 1), batch):
+        rows = slice(i, min(i + batch, len(x0)))
+        bound = denoiser.bind(**{name: value[rows].to(device) for name, value in (cond or {}).items()})
+        draws = Draws(seed, 0, range(rows.start, rows.stop), len(x0))
+        part = x0[rows].to(device)
+        bounds.append(elbo(bound, part, decoder, grid_or_schedule, draws=draws, encoder=encoder, transition=transition))
+        if progress is not None:
+            progress(rows.stop)
+    whole = Bound.cat(bounds)
+    bad = int((~whole.total.isfinite()).sum())
+    if bad:
+        raise ValueError(f"the bound of {bad} of {len(x0)} examples is not finite: look at the variances, or at those examples")
+    return whole
+
+
+@torch.no_grad()
+def fit_decoder(
+    decoder: Decoder,
+    denoiser: Denoiser,
+    x0: Tensor,
+    lam: float,
+    *,
+    cond: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    transition: Transition | None = None,
+) -> Decoder:
+    """The decoder with the variance that suits the denoiser at the cleanest level; see `Decoder.fitted`.
+
+    Arguments:
+        decoder: Of the kind wanted.
+        denoiser: Conditions free or bound.
+        x0: Training data (N, *): a variance fitted on the data of a bound flatters it.
+        lam: The cleanest level of the grid.
+        cond: As in `evaluate`.
+        seed: Of the noise.
+        batch: Examples at once.
+        transition: The one of the bound, whose clipping counts; None is `Ancestral()`.
+    """
+    if not decoder.uses_step:
+        return decoder
+    transition, device, total = transition or Ancestral(), _device_of(denoiser), 0.0
+    alpha, sigma = denoiser.process.scales(lam)
+    for i in range(0, len(x0), batch):
+        rows = slice(i, min(i + batch, len(x0)))
+        bound = denoiser.bind(**{name: value[rows].to(device) for name, value in (cond or {}).items()})
+        draws = Draws(seed, 0, range(rows.start, rows.stop))
+        x = decoder.prepare(x0[rows].to(device, x0.dtype if device.type == "mps" else torch.float64), draws)
+        step = transition(bound, alpha * x + sigma * draws.normal(x, "fit decoder"), lam, math.inf)
+        total += float((x - step.p.mean).square().sum())
+    if not x0.numel():
+        raise ValueError("`x0` holds no training data to fit the decoder on: give some, or a decoder with a variance")
+    return decoder.fitted(total / x0.numel())
+
+
+def _device_of(denoiser: Denoiser) -> torch.device:
+    tensor = next((t for t in (*denoiser.parameters(), *denoiser.buffers())), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 # ---- in steps
