@@ -19,7 +19,7 @@ _WHERE = {
     "wrap": ["Clipped", "Counted", "Extrapolated", "WithCovariance", "dynamic"],
     "guidance": ["ClassifierFree", "Gradient", "Guidance", "Guided", "Likelihood"],
     "guides": ["Classified", "Energy", "Similarity"],
-    "measurements": ["Downsample", "Grey", "Imputed", "LinearMap", "Mask", "Measured", "Projected"],
+    "measurements": ["Consistent", "Downsample", "Grey", "LinearMap", "Mask", "Measured"],
     "classify": ["NoisyClassifier"],
     "transition": ["Ancestral", "Churn", "Langevin", "Step", "Transition"],
     "solver": ["RK2", "RK4", "AdamsBashforth", "Euler", "Exponential", "Heun", "RungeKutta"],

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Denoiser
+from .denoiser import Bound, Denoiser
 from .gaussian import Gaussian, spread_over
-from .process import Level
+from .process import Level, Process
+from .wrap import paired
 
-__all__ = ["Gradient", "Guidance", "Guided", "Likelihood", "Scale"]
+__all__ = ["ClassifierFree", "Gradient", "Guidance", "Guided", "Likelihood", "Scale"]
 
 Scale = float | Callable[[Level], Any]
 """Weight of a guidance: a number, or a function of lam, for guidance in an interval of levels."""
@@ -150,17 +151,23 @@ class Likelihood(Guidance):
         super().__init__(scale, nonfinite)
         if not callable(log_prob):
             raise ValueError(f"`log_prob` must be a function (x, lam) -> (B,) (got {type(log_prob).__name__})")
+        if isinstance(log_prob, nn.Module):
+            check_wide(log_prob)
         if on not in ("x_t", "x0"):
             raise ValueError(f"`on` must be 'x_t', the noisy state, or 'x0', the denoiser's estimate (got {on!r})")
         self.log_prob, self.on = log_prob, on
 
     def slope(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian | None, Tensor]:
-        with _differentiable(x) as leaf:
+        with differentiable(x) as leaf:
             p = denoiser(leaf, lam) if self.on == "x0" else None
             with torch.autocast(x.device.type, enabled=False):
-                value = self.log_prob(leaf if p is None else p.mean, lam)
+                value = self.value(leaf if p is None else p.mean, lam, denoiser.process)
             g = _gradient(value, leaf, self._name())
-        return (None if p is None else Gaussian(p.mean.detach(), p.var.detach() if p.var.requires_grad else p.var, p.basis)), g
+        return (None if p is None else detached(p)), g
+
+    def value(self, x: Tensor, lam: Level, process: Process) -> Tensor:
+        """log p(y | x) (B,) of what `on` says, for states of the given process."""
+        return self.log_prob(x, lam)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, on={self.on}"
@@ -183,10 +190,70 @@ class Gradient(Guidance):
         self.fn = fn
 
     def slope(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian | None, Tensor]:
-        with _differentiable(x) as leaf:
+        with differentiable(x) as leaf:
             g = self.fn(leaf.detach(), lam)
         _check_like(g, x, "what `fn` returns")
         return None, g.detach()
+
+
+class ClassifierFree(Guidance):
+    r"""Guidance without a classifier, or by a weaker model, as a gradient: (w - 1) alpha / sigma^2 (D - D_weak).
+
+    The unguided denoiser is the conditional one, D; both predictions come from one pass over twice the batch when the weak one
+    is the same network under other conditions. `Guided` with this is `wrap.Extrapolated`; a split keeps a history for each.
+
+    Arguments:
+        scale: w, 1 for none; a float, or a function of lam.
+        null: The conditions that replace the bound ones, by name; a scalar fills the bound condition's shape.
+        weak: The weaker denoiser, its conditions bound, in place of `null` (autoguidance).
+        nonfinite: As in `Guidance`.
+
+    Raises:
+        ValueError: Unless exactly one of `null` and `weak` is given.
+
+    References:
+        | Classifier-Free Diffusion Guidance (Ho, Salimans, 2022), eq. 6, with scale = 1 + w
+        | https://arxiv.org/abs/2207.12598
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        *,
+        null: Mapping[str, Any] | None = None,
+        weak: Denoiser | None = None,
+        nonfinite: str = "raise",
+    ):
+        super().__init__(scale, nonfinite)
+        if (null is None) == (weak is None):
+            raise ValueError("give `null` (classifier-free guidance) or `weak` (autoguidance), one of them")
+        self.null, self.weak = dict(null or {}), weak
+
+    def weight(self, lam: Level) -> Any:
+        return super().weight(lam) - 1.0
+
+    def slope(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian | None, Tensor]:
+        p, difference = self._difference(denoiser, x, lam)
+        alpha, sigma = denoiser.process.scales(lam)
+        return p, difference * spread_over(alpha / (sigma * sigma), x)
+
+    def shift(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian, Tensor]:
+        """As in `Guidance`, and known in pure noise too."""
+        w = self.weight(lam)
+        if isinstance(w, float) and w == 0.0:
+            return denoiser(x, lam), torch.zeros_like(x)
+        p, difference = self._difference(denoiser, x, lam)
+        return p, self._weighted(difference, w, x, lam)
+
+    def _difference(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian, Tensor]:
+        if self.weak is not None:
+            p = denoiser(x, lam)
+            return p, p.mean - self.weak(x, lam).mean
+        cond: dict[str, Any] = {}
+        while isinstance(denoiser, Bound):
+            cond, denoiser = {**cond, **denoiser.cond}, denoiser.inner
+        p, weak = paired(denoiser, x, lam, cond, self.null)
+        return p, p.mean - weak
 
 
 class Guided(Denoiser):
@@ -217,11 +284,23 @@ class Guided(Denoiser):
 
 
 @contextmanager
-def _differentiable(x: Tensor) -> Iterator[Tensor]:
+def differentiable(x: Tensor) -> Iterator[Tensor]:
     """A copy of x that collects a gradient, in a scope where one is recorded whatever the caller's mode."""
     with torch.inference_mode(False), torch.enable_grad():
         # a tensor made in inference mode cannot take part in autograd, its clone made outside can
         yield (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def detached(p: Gaussian) -> Gaussian:
+    """The Gaussian without its graph."""
+    return Gaussian(p.mean.detach(), p.var.detach() if p.var.requires_grad else p.var, p.basis)
+
+
+def check_wide(module: nn.Module) -> None:
+    """Raises ValueError if a module computes in half precision, where gradients of log-likelihoods underflow."""
+    dtype = next((p.dtype for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if dtype is not None:
+        raise ValueError(f"{type(module).__name__} has {dtype} weights, whose gradients underflow: pass it as .float()")
 
 
 def _gradient(value: Any, leaf: Tensor, name: str) -> Tensor:

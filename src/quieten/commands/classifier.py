@@ -66,7 +66,7 @@ def train_classifier(
     classifier = NoisyClassifier(net, PROCESSES[process], classes=train.classes, shape=train.shape).to(device_of(device))
     facts = {**classifier.facts(options), "plan": json.dumps(plan)}
     begin = _resumed(out, classifier, facts)
-    if begin is not None and "groups" not in begin[1]:
+    if begin is not None and not begin[1]:
         print(f"{out} is trained to the end: name another file to train anew")
         return True
     if not _trained(classifier, train, out, facts, plan, begin):
