@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
+from .schedule import Schedule, Table
 from .wrap import Clip
 
 __all__ = ["Source", "device_of", "open_source"]
@@ -33,6 +34,8 @@ class Source:
         decode: From samples to images, for latent models.
         prompt: From texts to conditions, for models that take text.
         weights: Which weights these are, for the record.
+        encode: From images to what the denoiser works on, for latent models.
+        table: The levels that the network was trained on, where they are a table.
     """
 
     denoiser: Denoiser
@@ -47,6 +50,8 @@ class Source:
     decode: Callable[[Tensor], Tensor] | None = None
     prompt: Callable[[list[str]], dict[str, Tensor]] | None = None
     weights: str = "pretrained"
+    encode: Callable[[Tensor], Tensor] | None = None
+    table: Table | None = None
 
     @property
     def draws_pictures(self) -> bool:
@@ -86,7 +91,7 @@ def device_of(name: str | None) -> str:
 
 
 def _from_run(source: str, weights: str, device: str) -> Source:
-    from .config import Part, build_grid
+    from .config import Part, build_grid, build_schedule
     from .runs import load_with_recipe
 
     path = Path(source).expanduser()
@@ -112,6 +117,7 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         scale=section.scale if classes else 1.0,
         clip=1.0 if len(shape) == 3 else None,  # vectors have any range
         weights=weights if path.is_dir() else "exported",
+        table=_table(build_schedule(recipe)),
     )
 
 
@@ -129,4 +135,10 @@ def _from_diffusers(source: str, device: str) -> Source:
         clip=loaded.clip,
         decode=loaded.codec.decode if loaded.codec else None,
         prompt=loaded.prompt,
+        encode=loaded.codec.encode if loaded.codec else None,
+        table=_table(loaded.schedule),
     )
+
+
+def _table(schedule: Schedule) -> Table | None:
+    return schedule if isinstance(schedule, Table) else None
