@@ -20,7 +20,7 @@ from toy import BASE
 
 MEAN, VAR = torch.tensor([1.0, -0.5]).repeat(32), torch.tensor([0.4, 0.1]).repeat(32)
 DATA = GaussianData(MEAN, VAR, VP)  # of 64 dimensions, for Langevin steps take the norm of the noise for its mean
-RANDOM = {"ddpm", "ancestral", "dpm++sde", "churn", "pc"}
+RANDOM = {"ddpm", "ancestral", "dpm++sde", "churn", "pc", "em"}
 NFE = {"heun": 2, "midpoint": 2, "rk4": 4, "churn": 2}  # per step but the last; the others ask once
 
 
@@ -52,7 +52,10 @@ def test_what_is_random_and_what_it_costs(name: str) -> None:
     (first, calls), (second, _) = end(0), end(1)
     assert torch.equal(first, second) == (name not in RANDOM)
     expected = 2 * steps if name == "pc" else NFE.get(name, 1) * (steps - 1) + 1
-    assert calls == expected
+    if name == "rk45":
+        assert 30 < calls < 100, "whatever the number of steps"
+    else:
+        assert calls == expected
     assert "\n" not in SAMPLERS[name].about
 
 
@@ -83,7 +86,7 @@ def test_one_list_serves_recipes_and_the_command_line() -> None:
         assert chosen.options == {k: v for k, v in options.items() if k in chosen.options}
         transition, grid = sampler(name, karras(4), **chosen.options)  # what a recipe writes out can be read back
         assert isinstance(transition, Transition)
-        assert len(grid) >= 5
+        assert len(grid) >= (3 if name == "rk45" else 5)
 
 
 @pytest.mark.parametrize("override", ["sample.transition={kind: ddim, eta: 0.3}", "sample.transition.eta=0.3"])

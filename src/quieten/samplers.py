@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from .schedule import churned, corrected
+from .adaptive import RK45
+from .schedule import LinearBeta, churned, corrected
+from .sde import EulerMaruyama
 from .solver import RK2, RK4, AdamsBashforth, Exponential, Heun
 from .transition import Ancestral, Churn, Langevin, Transition
 
-__all__ = ["SAMPLERS", "Sampler", "churn", "predictor_corrector", "sampler"]
+__all__ = ["SAMPLERS", "Sampler", "churn", "ends", "euler_maruyama", "predictor_corrector", "sampler"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,27 @@ def churn(s_noise: float = 1.003) -> Churn:
     return Churn(Heun(), s_noise)
 
 
-def predictor_corrector(eta: float = 1.0, snr: float = 0.16) -> Langevin:
-    """Ancestral steps, each corrected by a Langevin step; see `Ancestral` and `Langevin`."""
-    return Langevin(Ancestral(eta, spread=False), snr)
+def predictor_corrector(
+    eta: float = 1.0,
+    snr: float = 0.16,
+    predictor: Literal["ancestral", "reverse-diffusion"] = "ancestral",
+    compat: Literal["official"] | None = None,
+) -> Langevin:
+    """A Langevin step at every level, then a step to the next: ancestral, or Euler-Maruyama's as in the paper's VE results."""
+    return Langevin(Ancestral(eta, spread=False) if predictor == "ancestral" else EulerMaruyama(), snr, compat)
+
+
+def euler_maruyama(beta_max: float | None = None, beta_min: float = 0.1) -> EulerMaruyama:
+    """The reverse SDE in Euler steps: with `beta_max` in the time of the VP SDE whose beta grows linearly up to it."""
+    return EulerMaruyama(None if beta_max is None else LinearBeta(beta_min, beta_max, start=0.0))
+
+
+def ends(grid: Tensor) -> Tensor:
+    """The first level of a grid, its last finite one, and the data if it ends there: all that an adaptive method asks for."""
+    last = grid[grid.isfinite()][-1:]
+    if not len(last) or last == grid[0]:
+        raise ValueError(f"`steps` must be at least 2 for rk45 (got {len(grid) - 1}): it goes from the first level to the last")
+    return torch.cat([grid[:1], last, grid[-1:][grid[-1:] == math.inf]])
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -59,6 +81,8 @@ SAMPLERS: dict[str, Sampler] = {
         lambda grid: churned(grid, s_churn=0.4 * (len(grid) - 1), s_min=0.05, s_max=50.0),
     ),
     "pc": Sampler(predictor_corrector, "predictor-corrector: a Langevin step at every level", corrected),
+    "em": Sampler(euler_maruyama, "Euler-Maruyama steps of the reverse SDE, as score_sde's for VP"),
+    "rk45": Sampler(RK45, "the ODE to a tolerance, steps chosen for each sample; --steps only sets the ends", ends),
 }
 """Every sampler by name; `parts.PARTS["transition"]`, which recipes choose from, is made of it."""
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -152,11 +152,13 @@ class Langevin(Transition):
     r"""Corrects by Langevin dynamics where the grid repeats a level (see `corrected`); another transition takes the steps.
 
     x + d s(x) + sqrt(2 d) z with d = 2 (snr sqrt(D) / ||s(x)||)^2 for each example on its own, so that the result does
-    not depend on the batch; sqrt(D) is the norm of z to within 1 / (4 D).
+    not depend on the batch; sqrt(D) is the norm of z to within 1 / (4 D). The official code takes the means of ||z|| and
+    ||s|| over the batch instead, with the z that it adds; so does `compat="official"`.
 
     Arguments:
         inner: What takes the other steps; `Ancestral()` makes the predictor-corrector sampler.
         snr: Signal-to-noise ratio of a correction: 0.16 for CIFAR-10 in the paper.
+        compat: "official" shares one step size in the batch; None, the default, gives each example its own.
 
     References:
         | Score-Based Generative Modeling through SDEs (Song et al., 2021), algorithm 4
@@ -165,11 +167,13 @@ class Langevin(Transition):
 
     revisits = True
 
-    def __init__(self, inner: Transition | None = None, snr: float = 0.16):
+    def __init__(self, inner: Transition | None = None, snr: float = 0.16, compat: Literal["official"] | None = None):
         super().__init__()
         if not snr > 0:
             raise ValueError(f"`snr` must be positive (got {snr})")
-        self.inner, self.snr = Ancestral() if inner is None else inner, snr
+        if compat not in (None, "official"):
+            raise ValueError(f"`compat` must be 'official' or None (got {compat!r})")
+        self.inner, self.snr, self.compat = Ancestral() if inner is None else inner, snr, compat
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
         if lam_s != lam_t:
@@ -177,9 +181,35 @@ class Langevin(Transition):
         x0 = denoiser(x_t, lam_t)
         alpha, sigma = denoiser.process.scales_over(lam_t, x_t)
         score = (alpha * x0.mean - x_t) / (sigma * sigma)
+        if self.compat == "official":
+            return Step(_SharedStep(x_t, score, self.snr), x0)
         per_dim = score.square().flatten(1).mean(1)  # ||s||^2 / D, of shape (B,)
         size = spread_over(2.0 * self.snr**2 / per_dim.clamp_min(_TINY), x_t)
         return Step(Gaussian(x_t + size * score, 2.0 * size), x0)
+
+    def extra_repr(self) -> str:
+        return f"snr={self.snr}, compat={self.compat}"
+
+
+@dataclass(frozen=True)
+class _SharedStep:
+    """The kernel of a Langevin step as released. Its step size depends on the noise of the whole batch: it is no Gaussian."""
+
+    x: Tensor
+    score: Tensor
+    snr: float
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the kernel, to within 1 / (4 D)."""
+        return self.x + self._size(math.sqrt(self.x[:1].numel())) * self.score
+
+    def sample(self, noise: Tensor) -> Tensor:
+        size = self._size(noise.flatten(1).norm(dim=1).mean())
+        return self.x + size * self.score + (2.0 * size) ** 0.5 * noise
+
+    def _size(self, length: Any) -> Tensor:
+        return 2.0 * (self.snr * length / self.score.flatten(1).norm(dim=1).mean().clamp_min(_TINY)) ** 2
 
 
 _TINY = math.ldexp(1.0, -100)  # a score of exactly 0 gives a finite, useless step instead of NaN
