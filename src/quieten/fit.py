@@ -83,7 +83,13 @@ def train(
     return fit(run, data=data, callbacks=callbacks)
 
 
-def fit(run: Run, *, data: Dataset | None = None, callbacks: Sequence[Callable[[Row], None]] = ()) -> Summary:
+def fit(
+    run: Run,
+    *,
+    data: Dataset | None = None,
+    callbacks: Sequence[Callable[[Row], None]] = (),
+    update: Any = None,
+) -> Summary:
     """Trains a run from its latest checkpoint, or from the start, until its recipe's images are shown.
 
     Deterministic on a CPU: data order, noise, dropped labels, flips and dropout are functions of (seed, step, place in the
@@ -93,6 +99,7 @@ def fit(run: Run, *, data: Dataset | None = None, callbacks: Sequence[Callable[[
         run: Made by `Run.create` or `Run.open`.
         data: What to train on; None loads what the recipe names.
         callbacks: Called with each line of metrics, on the main process.
+        update: What a step differentiates, freshly initialised; None builds what the recipe says.
 
     Raises:
         ValueError: If the data do not fit the recipe, the batch does not divide among the processes, the loss is not finite
@@ -102,7 +109,7 @@ def fit(run: Run, *, data: Dataset | None = None, callbacks: Sequence[Callable[[
     resolve(run.recipe, data)  # refuses data of another shape
     rng = torch.get_rng_state()
     try:
-        return _Session(run, data, callbacks).train()
+        return _Session(run, data, callbacks, update).train()
     finally:
         torch.set_rng_state(rng)
 
@@ -110,13 +117,13 @@ def fit(run: Run, *, data: Dataset | None = None, callbacks: Sequence[Callable[[
 class _Session:
     """One call of `fit`."""
 
-    def __init__(self, run: Run, data: Dataset, callbacks: Sequence[Callable[[Row], None]]):
+    def __init__(self, run: Run, data: Dataset, callbacks: Sequence[Callable[[Row], None]], update: Any = None):
         self.run, self.data, self.callbacks = run, data, callbacks
         self.plan, self.accelerator = run.recipe.train, _accelerator()
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.positions = positions_of(self.plan, self.accelerator.num_processes, self.accelerator.process_index)
         self.order = Order(len(data), self.plan.batch, self.plan.seed)
-        self.update = build_update(run.recipe, data).to(self.device)
+        self.update = (build_update(run.recipe, data) if update is None else update).to(self.device)
         self.ema = deepcopy(self.update).eval().requires_grad_(False)
         self._set_precision()
         self.parameters = [p for p in self.update.parameters() if p.requires_grad]
@@ -264,7 +271,7 @@ class _Session:
 
     def _preview(self) -> None:
         """A grid of samples of the averaged weights, from noise that is the same each time."""
-        if not self.is_main or len(self.data.shape) != 3:
+        if not self.is_main or len(self.data.shape) != 3 or not self.update.previews:
             return
         from .plots import save_grid
 

@@ -193,7 +193,12 @@ class Update(nn.Module):
     Arguments:
         denoiser: Trained, unless its parameters are frozen.
         objective: Its loss, with what it learns itself (a schedule, an encoder).
+
+    Attributes:
+        previews: Whether samples of the denoiser show how far training has come.
     """
+
+    previews = True
 
     def __init__(self, denoiser: Denoiser, objective: Objective):
         super().__init__()

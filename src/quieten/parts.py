@@ -53,6 +53,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
 
 A builder's arguments are the options of its kind. Those named in `CONTEXT` come from the recipe around them.
 """
+    "variance": dict.fromkeys(("ocm", "sn", "npr", "mixed"), "variance:section"),
 
 CONTEXT = ("channels", "classes", "data", "recipe", "schedule", "shape", "size", "steps")
 """Arguments that builders get from the recipe, where they ask for them: the data's shape and so on."""

@@ -36,6 +36,7 @@ class Source:
         weights: Which weights these are, for the record.
         encode: From images to what the denoiser works on, for latent models.
         table: The levels that the network was trained on, where they are a table.
+        variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
     """
 
     denoiser: Denoiser
@@ -52,6 +53,7 @@ class Source:
     weights: str = "pretrained"
     encode: Callable[[Tensor], Tensor] | None = None
     table: Table | None = None
+    variances: tuple[Path, ...] = ()
 
     @property
     def draws_pictures(self) -> bool:
@@ -118,7 +120,20 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         clip=1.0 if len(shape) == 3 else None,  # vectors have any range
         weights=weights if path.is_dir() else "exported",
         table=_table(build_schedule(recipe)),
+        variances=_variances(source, path),
     )
+
+
+def _variances(source: str, path: Path) -> tuple[Path, ...]:
+    """Where the variances of a model lie: in its folder, beside its file, or for what is read only in ./variance."""
+    from .runs import ZOO
+
+    if path.is_dir():
+        return (path / "variance",)
+    if source.startswith("zoo:"):
+        name = source.removeprefix("zoo:")
+        return (Path("variance") / name, ZOO / "variance" / name)
+    return (path.with_suffix(".variance"),) if path.is_file() else (Path("variance") / source.replace("/", "--"),)
 
 
 def _from_diffusers(source: str, device: str) -> Source:
@@ -137,6 +152,7 @@ def _from_diffusers(source: str, device: str) -> Source:
         prompt=loaded.prompt,
         encode=loaded.codec.encode if loaded.codec else None,
         table=_table(loaded.schedule),
+        variances=_variances(source, Path(source).expanduser()),
     )
 
 
