@@ -3,7 +3,7 @@ r"""Objectives: what a denoiser is trained to minimise."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "Denoising",
     "Noised",
     "Objective",
+    "Regression",
     "Target",
     "Update",
     "dropped",
@@ -37,15 +38,20 @@ class Batch(NamedTuple):
         x0: Clean data (B, *).
         index: Their places in the data set, int64 (B,).
         cond: Conditions by name, each (B, ...).
+        refs: What the objective prepared for the whole step, see `Objective.prepare`; None before.
     """
 
     x0: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     cond: dict[str, Tensor]
+    refs: Any = None
 
 
 class Noised(NamedTuple):
-    """One training example of each row: x_t = alpha x0 + sigma eps at log-SNR lam (B,); alpha and sigma broadcast to x0."""
+    """One training example of each row: x_t = alpha x0 + sigma eps at log-SNR lam (B,); alpha and sigma broadcast to x0.
+
+    `cond` is what the network is told, after conditions were dropped at random; `draws` is the randomness of the step.
+    """
 
     x0: Tensor
     eps: Tensor
@@ -53,10 +59,26 @@ class Noised(NamedTuple):
     lam: Tensor
     alpha: Tensor
     sigma: Tensor
+    cond: Mapping[str, Tensor] = {}  # nobody writes into it
+    draws: Draws | None = None
 
 
-Target = Callable[[Noised, Batch], tuple[Tensor, Tensor]]
-"""What the network regresses on: a pair (x0, eps) in place of the example's own, with x_t = alpha x0 + sigma eps."""
+class Regression(NamedTuple):
+    """What the network regresses on, with x_t = alpha x0 + sigma eps.
+
+    Attributes:
+        x0: In place of the clean example (B, *).
+        eps: In place of its noise (B, *).
+        removed: Expected squared distance from x0 to the example itself (B,): what a loss is lower by; None if they are one.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    removed: Tensor | None = None
+
+
+Target = Callable[[Noised, Batch], Sequence[Tensor] | Regression]
+"""Says what to regress on: a `Regression`, or the pair (x0, eps). May have a method `prepare`, see `Objective.prepare`."""
 
 Weighting = str | Callable[[Tensor], Tensor]
 
@@ -93,6 +115,27 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Tensor:
         """Losses (B,)."""
+
+    def losses(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The losses (B,) as "loss", and whatever else is worth averaging and reporting, each (B,)."""
+        return {"loss": self(denoiser, batch, draws)}
+
+    def prepare(self, batch: Batch, seed: int, step: int, taken: Tensor, device: torch.device) -> Any:
+        """What all parts of a step share: put into the `refs` of each part. None for nothing.
+
+        Arguments:
+            batch: All examples of the step that this process has.
+            seed: Of the training.
+            step: Of the training.
+            taken: Numbers of the examples of all processes.
+            device: Where the training is.
+        """
+        return None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether `prepare` may run in the thread that reads batches."""
+        return True
 
 
 class Denoising(Objective):
@@ -133,6 +176,23 @@ class Denoising(Objective):
         self.schedule, self.weighting, self.target, self.drop = schedule, weighting, target, dict(drop or {})
 
     def forward(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Tensor:
+        return self._losses(denoiser, batch, draws)["loss"]
+
+    def losses(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The loss and, where the target says what it took away, the loss that plain targets would have, "plain_loss"."""
+        if type(self).forward is not Denoising.forward:  # a subclass has added to the loss
+            return super().losses(denoiser, batch, draws)
+        return self._losses(denoiser, batch, draws)
+
+    def prepare(self, batch: Batch, seed: int, step: int, taken: Tensor, device: torch.device) -> Any:
+        prepare = getattr(self.target, "prepare", None)
+        return None if prepare is None else prepare(batch, seed, step, taken, device)
+
+    @property
+    def ahead(self) -> bool:
+        return getattr(self.target, "ahead", True)
+
+    def _losses(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         u = self.schedule.draw(draws).to(level_dtype(batch.x0)).to(batch.x0.device)
         if self.weighting == "likelihood":
             lam, rate = self.schedule.rate(u)
@@ -140,14 +200,18 @@ class Denoising(Objective):
         else:
             lam = self.schedule(u)
             weight = (WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting)(_finite(lam))
-        noised = noised_by(denoiser.process, batch.x0, lam, draws)
-        form = getattr(denoiser, "form", "x0")
-        p, q = form_coefficients(form, noised.alpha, noised.sigma)
+        told = dropped(batch.cond, self.drop, draws)
+        noised = noised_by(denoiser.process, batch.x0, lam, draws)._replace(cond=told, draws=draws)
+        p, q = form_coefficients(getattr(denoiser, "form", "x0"), noised.alpha, noised.sigma)
         with torch.no_grad():
-            x0, eps = (noised.x0, noised.eps) if self.target is None else self.target(noised, batch)
-        wanted = p * eps + q * x0
-        error = denoiser.predict(noised.x_t, lam, form, **dropped(batch.cond, self.drop, draws)) - wanted
-        return (weight * self._in_eps(denoiser, _finite(lam))).to(error) * error.square().flatten(1).mean(1)
+            aim = Regression(noised.x0, noised.eps) if self.target is None else Regression(*self.target(noised, batch))
+        error = denoiser.predict(noised.x_t, lam, getattr(denoiser, "form", "x0"), **told) - (p * aim.eps + q * aim.x0)
+        loss = (weight * self._in_eps(denoiser, _finite(lam))).to(error) * error.square().flatten(1).mean(1)
+        if aim.removed is None:
+            return {"loss": loss}
+        # E[plain] = E[loss] + E[weight ||eps - its average||^2], the cross term having mean 0; (alpha / sigma)^2 is exp(lam)
+        apart = aim.removed * (weight * torch.exp(_finite(lam))).detach().to(aim.removed) / max(1, error[:1].numel())
+        return {"loss": loss, "plain_loss": loss.detach() + apart.to(loss)}
 
     def _in_eps(self, denoiser: Denoiser, lam: Tensor) -> Tensor:
         """The factor (B,) from the network's own squared error to that of eps: (alpha / (p alpha - q sigma))^2."""
@@ -205,5 +269,5 @@ class Update(nn.Module):
         self.denoiser, self.objective = denoiser, objective
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """The losses of the batch (B,), under "loss"."""
-        return {"loss": self.objective(self.denoiser, batch, draws)}
+        """The losses of the batch (B,), under "loss", and what else the objective reports."""
+        return self.objective.losses(self.denoiser, batch, draws)

@@ -46,6 +46,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
     },
     "objective": {"denoising": "config:build_denoising"},
     "augment": {"edm": "augment:EDMAugment"},
+    "target": {"stable": "target:from_recipe"},
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
     "transition": {name: entry.make for name, entry in SAMPLERS.items()},
 }
