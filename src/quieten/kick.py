@@ -246,9 +246,9 @@ class SubCycled(Kick):
         lipschitz = ((slope - past_slope).flatten(1).norm(dim=1) / (y - past_y).flatten(1).norm(dim=1)).nan_to_num(0.0, 0.0)
         parts = (lipschitz * (abs(span.length) / self.limit)).ceil().clamp_min(1.0)
         if bool((parts > self.most).any()):
-            warnings.warn(
-                f"the guidance is stiff: |h| L of {float(parts.max()) * self.limit:.3g} at sigma / alpha = {span.start:.3g} "
-                f"passes the limit of {self.limit * self.most:g}: take more steps, lower its scale, or sub-cycle it more",
+            warnings.warn(  # without the figures, so that a run warns once and not at every step
+                f"the guidance is stiff: |h| L passes {self.limit * self.most:g}, what {self.most} parts of a kick can follow: "
+                "take more steps, lower its scale, or allow more parts",
                 stacklevel=4,
             )
         return parts.clamp_max(self.most)

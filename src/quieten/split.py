@@ -202,7 +202,7 @@ class Split(Transition):
     strang         N, 2N             1, 4 (2 if accurate)     STSP: half a kick before and half after
     strang_merged  N, N + 1          1, 2                     the same, with one gradient for both halves at a level
     heun           N, 2N             2, 2                     kicks by Heun's method, the network at unkicked states
-    heun_pec       N, N              2, 2                     the same, with each predicted gradient used twice
+    heun_pec       N, N              2, 1                     the same, with each predicted gradient used twice
     additive       N, N              order of the kick        both from one pass, for guidance through the denoiser
     ============== ================= ======================== =====================================================
 
