@@ -292,7 +292,10 @@ class Learned(VarianceSource):
             out = self.head(x, noise_of(p, x, lam, denoiser), lam)
         else:
             weight = next(self.head.parameters()) if isinstance(self.head, nn.Module) else x
-            out = self.head(seen.h.to(weight.dtype), None if seen.emb is None else seen.emb.to(weight.dtype))
+            # contiguous: torch 2.13's group norm, going backward on a CPU from channels-last features that need no gradient,
+            # ends the process with a segmentation fault
+            h = seen.h.to(weight.dtype).contiguous()
+            out = self.head(h, None if seen.emb is None else seen.emb.to(weight.dtype))
         if out.shape != x.shape:
             raise ValueError(f"the head returned shape {tuple(out.shape)} for states {tuple(x.shape)}: build it for them")
         return out.to(x.dtype)
