@@ -31,11 +31,13 @@ class Force:
         guidance: What gives g.
         denoiser: The unguided denoiser.
         index: Number of the step, for messages.
+        strength: Factor on g: above 1 around random moves, whose noise makes room for more drift.
     """
 
     guidance: Guidance
     denoiser: Denoiser
     index: int = 0
+    strength: float = 1.0
 
     @property
     def process(self) -> Process:
@@ -44,16 +46,20 @@ class Force:
     def gradient(self, x: Tensor, lam: float) -> Tensor:
         """g at a state (B, *)."""
         try:
-            return self.guidance.gradient(self.denoiser, x, lam)
+            return self._scaled(self.guidance.gradient(self.denoiser, x, lam))
         except ValueError as error:
             raise ValueError(f"in step {self.index}: {error}") from error
 
     def both(self, x: Tensor, lam: float) -> tuple[Gaussian, Tensor]:
         """The denoiser's Gaussian and g, from one pass where one is enough."""
         try:
-            return self.guidance.both(self.denoiser, x, lam)
+            p, g = self.guidance.both(self.denoiser, x, lam)
         except ValueError as error:
             raise ValueError(f"in step {self.index}: {error}") from error
+        return p, self._scaled(g)
+
+    def _scaled(self, g: Tensor) -> Tensor:
+        return g if self.strength == 1.0 else g * self.strength
 
 
 class Span(NamedTuple):

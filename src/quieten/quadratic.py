@@ -122,7 +122,7 @@ class ExactKick(Kick):
     def forward(self, force: Force, x: Tensor, lam: float, span: Span, memory: object = None) -> tuple[Tensor, None]:
         guidance = _quadratic(force)
         alpha, _ = force.process.scales(lam)
-        q = guidance.exponent(span, lam)
+        q = force.strength * guidance.exponent(span, lam)
         residual = guidance.residual(x / alpha)
         if guidance.matrix is None:
             if guidance.gain is None:
@@ -164,7 +164,7 @@ class ImplicitKick(Kick):
     def forward(self, force: Force, x: Tensor, lam: float, span: Span, memory: object = None) -> tuple[Tensor, None]:
         guidance = _quadratic(force)
         alpha, _ = force.process.scales(lam)
-        q = guidance.exponent(span, lam)
+        q = force.strength * guidance.exponent(span, lam)
         residual = guidance.residual(x / alpha)
 
         def system(v: Tensor) -> Tensor:  # I + q H H^T

@@ -206,7 +206,8 @@ class Split(Transition):
     additive       N, N              order of the kick        both from one pass, for guidance through the denoiser
     ============== ================= ======================== =====================================================
 
-    With a random move (`Ancestral`), the kicks after it meet the drawn state, through `Step.then`. From pure noise
+    With a random move (`Ancestral`), the kicks after it meet the drawn state, through `Step.then`, and all are stronger, up to
+    1 + eta^2 times, as the drift of the guided reverse process is; at w = 1 it draws from p(x0 | y). From pure noise
     (alpha = 0, where sigma / alpha is infinite) the whole kick comes after the move, as sigma_s^2 g. As released are
     `Split(g, AdamsBashforth(4, "constant"), scheme="lie")` and
     `Split(g, AdamsBashforth(4, "constant"), second_coef="midpoint")`.
@@ -244,6 +245,9 @@ class Split(Transition):
             raise ValueError(
                 f"`order` must be 'BA' or 'AB' and `second_coef` 'end' or 'midpoint' (got {order!r}, {second_coef!r})"
             )
+        if getattr(flow, "rebuilds", False):
+            raise ValueError(f"`flow`={type(flow).__name__} rebuilds each state from the step before, which discards kicks: "
+                             "switch its corrector off")  # fmt: skip
         self.guidance = guidance
         self.flow = AdamsBashforth(4) if flow is None else flow
         self.kick = kick
@@ -265,7 +269,7 @@ class Split(Transition):
         span = Span(math.inf, -math.inf) if noise else Span.between(lam_t, lam_s)
         move = Move(lam_t, lam_s, alpha_t, sigma_t, alpha_s, sigma_s, span)
         around: Scheme = _FromNoise() if noise else self._around
-        force = Force(self.guidance, denoiser, memory.steps)
+        force = Force(self.guidance, denoiser, memory.steps, self._strength(denoiser, lam_t, lam_s))
         x, model, carried = around.before(force, x_t, move, memory.kick)
         step = self.flow(model, x, lam_t, lam_s, memory.flow)
 
@@ -280,6 +284,14 @@ class Split(Transition):
             raise ValueError("`flow` is random and remembers steps, but kicks move the states it remembers: "
                              "give a random flow of order 1, such as Ancestral()")  # fmt: skip
         return Step(step.p, step.x0, Memory(memory.steps + 1, None, around.unseen(carried)), lambda drawn: after(drawn)[0])
+
+    def _strength(self, denoiser: Denoiser, lam_t: float, lam_s: float) -> float:
+        """What a kick counts for beside a random move: the share of a change of x0 in its kernel, over that in DDIM's."""
+        eta: float = getattr(self.flow, "eta", 0.0)
+        if eta == 0.0 or lam_s < lam_t:
+            return 1.0
+        (_, random, *_), (_, plain, *_) = (denoiser.process.coefficients(lam_t, lam_s, e) for e in (eta, 0.0))
+        return random / plain
 
     def extra_repr(self) -> str:
         return f"scheme={self.scheme}, order={self.order}, second_coef={self.second_coef}"
