@@ -438,6 +438,19 @@ def test_low_discrepancy_times_quieten_the_estimate(n, ratio):
     within(4 * float(spread.std()) / 20, abs(float(spread.mean() - profile.mean())), "bias")
 
 
+def test_lean_ends_have_the_same_mean():
+    """Over all rotations of the batch the quarter that counts is every example in turn."""
+    batch, encoder = images(8), Learned(Stand(), bounded=False)
+    full = VariationalBound(Linear(TOP, BOTTOM), four_hundred, encoder=encoder)
+    lean = VariationalBound(Linear(TOP, BOTTOM), four_hundred, encoder=encoder, lean=True)
+    draws = Draws(0, 0, range(8))
+    wanted = full.terms(score(Encoded(VP)), batch, draws)["prior"].mean()
+    found = [lean.terms(score(Encoded(VP)), batch._replace(x0=batch.x0.roll(i, 0)), draws)["prior"].mean() for i in range(8)]
+    within(1e-12, abs(float(torch.stack(found).mean() - wanted)), "mean prior")
+    assert bool((lean.eval().terms(score(Encoded(VP)), batch, draws)["prior"] > 0).all())
+    assert len(lean.train()(score(Encoded(VP)), images(0), Draws(0, 0, range(0), 1))) == 0
+
+
 def test_samples_never_see_the_encoder():
     p = Ancestral()(score(Encoded(VP)), torch.randn(2, 4, 4, 3, dtype=torch.float64), -1.0, 0.5).p
     assert p.mean.shape == (2, 4, 4, 3)
@@ -556,7 +569,7 @@ MODELS = {
 
 
 def flat_official(step, x0: Tensor, z: Tensor, lam) -> Tensor:
-    return Flat(VP, Pixels(centred=True))(None, x0, z, float(lam))
+    return Flat(VP, Pixels(centred=True))(None, x0, z, lam)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

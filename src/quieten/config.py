@@ -16,9 +16,11 @@ from .schema import Part, Recipe, Train
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .bound import VariationalBound
     from .data import Dataset
     from .denoiser import Preconditioned
     from .objective import Denoising, Objective
+    from .process import Process
     from .schedule import Schedule
     from .transition import Transition
 
@@ -186,19 +188,38 @@ def _context(recipe: Recipe) -> dict[str, Any]:
 def build_denoiser(recipe: Recipe) -> Preconditioned:
     """The denoiser, its network freshly initialised from torch's global generator."""
     from .denoiser import Preconditioned, edm_form
+    from .encoder import Separated
     from .parts import build
-    from .process import PROCESSES
 
     model, scale = recipe.model, recipe.model.time_scale
-    net = build("net", model.net.kind, model.net.options, **_context(recipe))
+    process, split = _process(recipe)
+    context = _context(recipe)
+    if split and "channels" not in context:
+        raise ValueError("the counterterm 'split' is for images: take sigma2 or none for vectors")
+    wide = {"out_channels": 2 * context["channels"]} if split else {}
+    net = build("net", model.net.kind, model.net.options | wide, **context)
     if recipe.section("augment") is not None and "augment" not in inspect.signature(net.forward).parameters:
         raise ValueError(f"`augment` needs a network that is told what was done: the net {model.net.kind!r} is not, "
                          "take another or leave out the section")  # fmt: skip
     sigma_data = 0.5 if model.form == "edm" and model.sigma_data is None else model.sigma_data
     form = edm_form(sigma_data) if model.form == "edm" and sigma_data else model.form
-    return Preconditioned(
-        net, PROCESSES[model.process], form, lambda lam: -scale * lam, sigma_data=sigma_data, shape=recipe.data.shape
-    )
+    kind = Separated if split else Preconditioned
+    return kind(net, process, form, lambda lam: -scale * lam, sigma_data=sigma_data, shape=recipe.data.shape)
+
+
+def _process(recipe: Recipe) -> tuple[Process, bool]:
+    """The process of the denoiser, and whether it predicts the rate of encoded data too."""
+    from .encoder import Encoded
+    from .process import PROCESSES
+
+    base, encoder = PROCESSES[recipe.model.process], recipe.section("encoder")
+    if encoder is None:
+        return base, False
+    if recipe.objective.kind != "bound":
+        raise ValueError(f"section `encoder` needs `objective.kind` to be bound (got {recipe.objective.kind!r}): only the "
+                         "variational bound trains an encoder")  # fmt: skip
+    counterterm = encoder.options["counterterm"]
+    return Encoded(base, counterterm, trained=encoder.kind != "contraction"), counterterm == "split"
 
 
 def build_schedule(recipe: Recipe) -> Schedule:
@@ -223,9 +244,29 @@ def build_denoising(recipe: Recipe, data: Dataset | None = None) -> Denoising:
 
     weighting, target = recipe.objective.weighting, recipe.section("target")
     regress_on = None if target is None else build("target", target.kind, target.options, **_context(recipe), data=data)
+    weigh = build("weighting", weighting.kind, weighting.options)
+    return Denoising(build_schedule(recipe), weigh, regress_on, _drop(recipe))
+
+
+def build_bound(recipe: Recipe) -> VariationalBound:
+    """The variational bound; the sections `bound` and `encoder`, where there are any, say of what kind."""
+    from .bound import VariationalBound
+    from .decoders import Flat, Nearby
+    from .parts import build
+    from .process import PROCESSES
+
+    kind, encoder = recipe.section("bound"), recipe.section("encoder")
+    options = {} if kind is None else build("bound", kind.kind, kind.options)
+    if encoder is not None:
+        options["encoder"] = build("encoder", encoder.kind, encoder.options, **_context(recipe))
+    process, pictures = PROCESSES[recipe.model.process], len(recipe.data.shape or ()) == 3
+    decoder = Flat(process) if pictures else Nearby(process)
+    return VariationalBound(build_schedule(recipe), decoder, drop=_drop(recipe), **options)
+
+
+def _drop(recipe: Recipe) -> dict[str, tuple[float, int | float]]:
     classes, drop = len(recipe.data.classes), recipe.objective.drop
-    dropped: dict[str, tuple[float, int | float]] = {"label": (drop, classes)} if classes and drop else {}
-    return Denoising(build_schedule(recipe), build("weighting", weighting.kind, weighting.options), regress_on, dropped)
+    return {"label": (drop, classes)} if classes and drop else {}
 
 
 def build_grid(recipe: Recipe, steps: int | None = None, schedule: Schedule | None = None) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "Dequantised",
     "Discretised",
     "Flat",
+    "Nearby",
     "Pixels",
     "Plain",
     "log_discretised_normal",
@@ -190,7 +191,7 @@ class Flat(Decoder):
         pixels = self.pixels
         alpha, sigma = self.process.scales(lam_t)
         z, width = x_t / alpha, 2.0 * pixels.half * alpha / sigma  # distance of neighbours in standard deviations
-        reach = min(pixels.levels - 1, 1 + math.ceil(9.0 / float(width)))
+        reach = min(pixels.levels - 1, 1 + math.ceil(9.0 / float(width.detach() if isinstance(width, Tensor) else width)))
         if 2 * reach + 1 >= pixels.levels:
             near = torch.arange(pixels.levels, device=z.device)
         else:
@@ -205,6 +206,26 @@ class Flat(Decoder):
 
     def __repr__(self) -> str:
         return f"flat over {self.pixels}"
+
+
+class Nearby(Decoder):
+    r"""The density N(x_t / alpha_t, sigma_t^2 / alpha_t^2) of continuous data: what `Flat` is where values have no distance.
+
+    Arguments:
+        process: Of the states.
+    """
+
+    uses_step = False
+
+    def __init__(self, process: Process = VP):
+        self.process = process
+
+    def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: Level) -> Tensor:
+        alpha, sigma = self.process.scales(torch.as_tensor(lam_t, dtype=x0.dtype, device=x0.device))
+        return -Gaussian(x_t / alpha, (sigma / alpha) ** 2).log_prob(x0)
+
+    def __repr__(self) -> str:
+        return "density of the cleanest state"
 
 
 class Plain(Decoder):

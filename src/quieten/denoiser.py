@@ -232,10 +232,9 @@ class Preconditioned(Denoiser):
         self.shape = tuple(shape) if shape is not None else None
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
-        out, var = self._call(x, lam, cond)
+        out, r = self._call(x, lam, cond)
         alpha, sigma = self.process.scales_over(lam, x)
-        if var is not POINT:
-            var = var * (sigma * sigma)
+        var = POINT if r is None else (0.5 * r + 0.5).clamp_min(0.0) * (sigma * sigma)
         return Gaussian(convert(out, x, self.form, "x0", alpha, sigma), var)
 
     def predict(self, x: Tensor, lam: Level, form: Form = "x0", **cond: Any) -> Tensor:
@@ -244,8 +243,8 @@ class Preconditioned(Denoiser):
         alpha, sigma = self.process.scales_over(lam, x)
         return convert(out, x, self.form, form, alpha, sigma)
 
-    def _call(self, x: Tensor, lam: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The network's output and, with `learned_range`, the share (r + 1) / 2 of sigma^2, both in the dtype of x."""
+    def _call(self, x: Tensor, lam: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The network's output and, with `learned_range`, the second half of its channels, both in the dtype of x."""
         self._check(x, lam)
         x_in = x
         if self.sigma_data is not None:
@@ -266,9 +265,9 @@ class Preconditioned(Denoiser):
             raise ValueError(f"`net` returned shape {tuple(out.shape)} for states {tuple(x.shape)}: "
                              "learned_range=True is for networks with twice the channels, and only for them")  # fmt: skip
         if not self.learned_range:
-            return out, POINT
+            return out, None
         out, r = out.chunk(2, dim=1)
-        return out, (0.5 * r + 0.5).clamp_min(0.0)
+        return out, r
 
     def _time(self, lam: Level, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The network's time (B,), in the given dtype unless it is a whole number."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Preconditioned, convert
 from .gaussian import POINT, Gaussian, spread_over
 from .process import VP, Level, Process
 from .transition import Step, Transition
@@ -29,6 +29,7 @@ __all__ = [
     "Encoder",
     "Learned",
     "Moving",
+    "Separated",
     "finite_rate",
     "forward_rate",
 ]
@@ -200,6 +201,24 @@ class Moving(Gaussian):
         object.__setattr__(self, "rate", rate)
 
     rate: Tensor
+
+
+class Separated(Preconditioned):
+    """A denoiser of encoded data that predicts their rate too: what the counterterm "split" needs.
+
+    Its network has twice the channels; the second half, times sigma^2, is E[d x_t / d lam | z_t]. Arguments as in
+    `Preconditioned`, with a process `Encoded(..., "split")`.
+    """
+
+    def __init__(self, net: nn.Module, process: Process, *args: Any, **kwargs: Any):
+        super().__init__(net, process, *args, learned_range=True, **kwargs)
+
+    def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
+        out, r = self._call(x, lam, cond)
+        assert r is not None
+        alpha, sigma = self.process.scales_over(lam, x)
+        noise = VP.scales(lam)[1] ** 2
+        return Moving(convert(out, x, self.form, "x0", alpha, sigma), rate=spread_over(noise, x) * r)
 
 
 class Encoded(Process):

@@ -11,11 +11,12 @@ from torch import Tensor
 __all__ = ["fourier"]
 
 
-def fourier(x: Tensor, powers: Sequence[int]) -> Tensor:
+def fourier(x: Tensor, powers: Sequence[float]) -> Tensor:
     r"""x (B, C, *) with sin and cos of :math:`2 \pi 2^k x` behind it: (B, C (1 + 2 len(powers)), *).
 
     Near the data the network's input must tell apart values that differ by a 256th. Order: x, all sines (channel by
-    channel, k rising), all cosines.
+    channel, k rising), all cosines. At k = 7, values 2 / 256 apart are a period apart: for data k / 127.5 - 1, which are
+    2 / 255 apart, that is k = 7 + log2(255 / 256).
 
     References:
         | Variational Diffusion Models (Kingma et al., 2021), appendix C

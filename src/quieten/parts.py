@@ -30,12 +30,23 @@ def _itself(name: str) -> str:
 
 
 PARTS: dict[str, dict[str, str | Builder]] = {
-    "net": {"unet": "nets:UNet", "mlp": "nets:MLP"},
+    "net": {
+        "unet": "nets:UNet",
+        "mlp": "nets:MLP",
+        "vdm": "vdm_nets:ScoreUNet",
+        "ddpm": "unet:ddpm",
+        "iddpm": "unet:iddpm",
+        "ddpm++": "unet:ddpmpp",
+        "ncsn++": "unet:ncsnpp",
+        "adm": "unet:adm",
+    },
     "schedule": {
         "cosine": "schedule:Cosine",
         "linear": "schedule:Linear",
         "linear-beta": "schedule:LinearBeta",
         "lognormal": "schedule:LogNormal",
+        "monotone": "learned:Monotone",
+        "polynomial": "learned:Polynomial",
         "rectified": "schedule:Rectified",
         "table": "parts:beta_table",
     },
@@ -44,17 +55,19 @@ PARTS: dict[str, dict[str, str | Builder]] = {
         "edm": "parts:weigh_edm",
         "min-snr": "parts:weigh_min_snr",
     },
-    "objective": {"denoising": "config:build_denoising"},
+    "objective": {"denoising": "config:build_denoising", "bound": "config:build_bound"},
+    "bound": {"continuous": "bound:continuous", "steps": "bound:in_steps"},
+    "encoder": {"contraction": "encoders:contraction", "compact": "encoders:compact", "published": "encoders:published"},
     "augment": {"edm": "augment:EDMAugment"},
     "target": {"stable": "target:from_recipe"},
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
     "transition": {name: entry.make for name, entry in SAMPLERS.items()},
+    "variance": dict.fromkeys(("ocm", "sn", "npr", "mixed"), "variance:section"),
 }
 """Part of a recipe -> kind -> builder: a callable, or "module:name" in this package, imported when it is first used.
 
 A builder's arguments are the options of its kind. Those named in `CONTEXT` come from the recipe around them.
 """
-    "variance": dict.fromkeys(("ocm", "sn", "npr", "mixed"), "variance:section"),
 
 CONTEXT = ("channels", "classes", "data", "recipe", "schedule", "shape", "size", "steps")
 """Arguments that builders get from the recipe, where they ask for them: the data's shape and so on."""

@@ -104,7 +104,8 @@ class Ancestral(Transition):
             keep = x0.mean if self.keep_eps else None
             if var is not POINT and isinstance(self.clip, int | float):
                 var = var.clamp_max(self.clip**2)
-        p = denoiser.process.bridge(mean if var is POINT else Gaussian(mean, var, x0.basis), x_t, lam_t, lam_s, self.eta, keep)
+        given = x0 if mean is x0.mean and var is x0.var else Gaussian(mean, var, x0.basis)  # itself: it may know more
+        p = denoiser.process.bridge(given, x_t, lam_t, lam_s, self.eta, keep)
         if self.range:
             p = Gaussian(p.mean, self._learned_range(denoiser, x0.var, x_t, lam_t, lam_s))
         return Step(p, x0 if mean is x0.mean else Gaussian(mean, x0.var, x0.basis))

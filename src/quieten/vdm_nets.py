@@ -110,7 +110,7 @@ class ScoreUNet(Net):
         channels: int,
         width: int = 128,
         blocks: int = 32,
-        powers: tuple[int, ...] = (6, 7),
+        powers: tuple[float, ...] = (6, 7),
         attend: bool = False,
         dropout: float = 0.1,
         lam_max: float = 13.3,
