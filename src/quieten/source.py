@@ -36,6 +36,7 @@ class Source:
         weights: Which weights these are, for the record.
         encode: From images to what the denoiser works on, for latent models.
         table: The levels that the network was trained on, where they are a table.
+        schedule: The curve of levels that the network was trained on, None where it is unknown.
         variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
     """
 
@@ -53,6 +54,7 @@ class Source:
     weights: str = "pretrained"
     encode: Callable[[Tensor], Tensor] | None = None
     table: Table | None = None
+    schedule: Schedule | None = None
     variances: tuple[Path, ...] = ()
 
     @property
@@ -120,6 +122,7 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         clip=1.0 if len(shape) == 3 else None,  # vectors have any range
         weights=weights if path.is_dir() else "exported",
         table=_table(build_schedule(recipe)),
+        schedule=build_schedule(recipe),
         variances=_variances(source, path),
     )
 
@@ -152,6 +155,7 @@ def _from_diffusers(source: str, device: str) -> Source:
         prompt=loaded.prompt,
         encode=loaded.codec.encode if loaded.codec else None,
         table=_table(loaded.schedule),
+        schedule=loaded.schedule,
         variances=_variances(source, Path(source).expanduser()),
     )
 
