@@ -5,13 +5,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from quieten.nets import MLP, Classifier, Embedding, Net, UNet
+from quieten.unet import adm, ddpm, ddpmpp, iddpm, ncsnpp
 
+TINY = {"width": 8, "mult": (1, 2), "size": 8, "attention": (4,), "blocks": 1, "dropout": 0.0}
 CASES = {
     "mlp-vector": (lambda classes: MLP(5, width=32, classes=classes), (5,)),
     "mlp-image": (lambda classes: MLP((1, 4, 6), width=32, classes=classes), (1, 4, 6)),
     "unet-28": (lambda classes: UNet(width=16, classes=classes), (1, 28, 28)),
     "unet-8": (lambda classes: UNet(size=8, width=16, classes=classes), (1, 8, 8)),
     "unet-oblong": (lambda classes: UNet(channels=3, size=32, width=16, classes=classes), (3, 8, 32)),
+    "ddpm": (lambda classes: ddpm(classes=classes, **TINY), (3, 8, 8)),
+    "iddpm": (lambda classes: iddpm(classes=classes, **TINY), (3, 8, 12)),
+    "ddpm++": (lambda classes: ddpmpp(classes=classes, **TINY), (3, 8, 8)),
+    "ncsn++": (lambda classes: ncsnpp(classes=classes, **TINY), (3, 8, 8)),
+    "adm": (lambda classes: adm(classes=classes, **TINY | {"head_channels": 8}), (3, 8, 8)),
     "unet-plain": (lambda classes: UNet(2, 8, 16, mult=(1,), attention=(), classes=classes), (2, 6, 5)),
 }
 
@@ -68,7 +75,7 @@ def test_forward_is_the_head_of_the_features(case):
     x, t = inputs(shape)
     label = torch.tensor([1, 2, 4])
     h = net.features(x, t, label)
-    assert h.shape == (3, net.feature_channels, *(shape[1:] if isinstance(net, UNet) else ()))
+    assert h.shape == (3, net.feature_channels, *(() if isinstance(net, MLP) else shape[1:]))
     assert torch.equal(net.head(h), net(x, t, label))
 
 
