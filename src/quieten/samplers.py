@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from .adaptive import RK45
+from .dpm import Singlestep, UniPC
+from .lanczos import Lanczos
+from .plms import PLMS, PNDM
 from .schedule import LinearBeta, churned, corrected
 from .sde import EulerMaruyama
 from .solver import RK2, RK4, AdamsBashforth, Exponential, Heun
@@ -28,11 +31,13 @@ class Sampler:
         make: Options to the transition. Its signature says which there are, their types and their defaults.
         about: One line for people.
         regrid: What it does to a rising grid first (levels to churn or to correct at).
+        variance: Name of the fitted variance that it needs, see `quieten.variance`.
     """
 
     make: Callable[..., Transition]
     about: str
     regrid: Callable[[Tensor], Tensor] = lambda grid: grid
+    variance: str | None = None
 
 
 def churn(s_noise: float = 1.003) -> Churn:
@@ -67,13 +72,20 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(partial(Ancestral, eta=0.0, spread=False), "deterministic, 1 evaluation a step"),
     "ddpm": Sampler(partial(Ancestral, eta=1.0, spread=False), "ancestral noise, small variance"),
     "ancestral": Sampler(Ancestral, "ancestral noise, with the variance that the denoiser reports"),
+    "ocm": Sampler(Ancestral, "ancestral noise, with the variance learned by `quieten variance fit`", variance="ocm"),
+    "ocm-ddim": Sampler(partial(Ancestral, eta=0.0), "DDIM, with the noise that the learned variance adds", variance="ocm"),
+    "lanczos": Sampler(Lanczos, "ancestral noise with the full covariance, from Jacobian products: slow, nothing to fit"),
     "heun": Sampler(Heun, "EDM's second-order ODE solver, 2 evaluations a step"),
     "midpoint": Sampler(partial(RK2, alpha=0.5), "second-order Runge-Kutta, 2 evaluations a step"),
     "rk4": Sampler(RK4, "fourth-order Runge-Kutta, 4 evaluations a step"),
     "ab": Sampler(partial(AdamsBashforth, order=3), "Adams-Bashforth on the actual grid, 1 evaluation a step"),
     "plms": Sampler(partial(AdamsBashforth, order=4, coefficients="constant"), "Adams-Bashforth with constant coefficients"),
+    "plms-heun": Sampler(PLMS, "PLMS as released with splitting: Heun first, Euler last"),
+    "pndm": Sampler(PNDM, "PNDM: three pseudo Runge-Kutta steps of 4 evaluations, then PLMS"),
     "dpm++": Sampler(partial(Exponential, order=2), "DPM-Solver++ 2M, 1 evaluation a step"),
     "dpm++3m": Sampler(partial(Exponential, order=3), "DPM-Solver++ 3M, 1 evaluation a step"),
+    "dpm++2s": Sampler(Singlestep, "DPM-Solver++ 2S, without history, 2 evaluations a step"),
+    "unipc": Sampler(UniPC, "UniPC: a multistep predictor and a corrector, 1 evaluation a step"),
     "dpm++sde": Sampler(partial(Exponential, order=2, eta=1.0), "DPM-Solver++ 2M with ancestral noise"),
     "churn": Sampler(
         churn,
