@@ -35,6 +35,7 @@ class Source:
         prompt: From texts to conditions, for models that take text.
         weights: Which weights these are, for the record.
         encode: From images to what the denoiser works on, for latent models.
+        image: Shape (C, H, W) of those images.
         table: The levels that the network was trained on, where they are a table.
         schedule: The curve of levels that the network was trained on, None where it is unknown.
         variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
@@ -53,6 +54,7 @@ class Source:
     prompt: Callable[[list[str]], dict[str, Tensor]] | None = None
     weights: str = "pretrained"
     encode: Callable[[Tensor], Tensor] | None = None
+    image: tuple[int, ...] | None = None
     table: Table | None = None
     schedule: Schedule | None = None
     variances: tuple[Path, ...] = ()
@@ -154,6 +156,7 @@ def _from_diffusers(source: str, device: str) -> Source:
         decode=loaded.codec.decode if loaded.codec else None,
         prompt=loaded.prompt,
         encode=loaded.codec.encode if loaded.codec else None,
+        image=loaded.codec.image_of(loaded.denoiser.shape) if loaded.codec else None,
         table=_table(loaded.schedule),
         schedule=loaded.schedule,
         variances=_variances(source, Path(source).expanduser()),

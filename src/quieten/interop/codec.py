@@ -63,6 +63,12 @@ class Codec(nn.Module):
             parts.append((z.to(images.dtype) - self.shift.to(images.dtype)) * self.scale.to(images.dtype))
         return torch.cat(parts)
 
+    def image_of(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Shape (C, H, W) of the images behind latents of that shape; None for None."""
+        config: Any = self.vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return None if shape is None else (config.in_channels, *(side * factor for side in shape[1:]))
+
     def decode(self, latents: Tensor, batch: int = 8) -> Tensor:
         """Images (B, C, H, W), nominally in [-1, 1], of latents (B, c, h, w).
 

@@ -1,0 +1,64 @@
+"""How likely data are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Device, Weights, app
+
+__all__ = ["nll"]
+
+
+@app.command()
+def nll(
+    source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
+    data: Annotated[str, typer.Argument(help="A data set's name, a folder or zip of images, or an .npz file.")],
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the bound: its number of levels.")] = 50,
+    continuous: Annotated[
+        bool, typer.Option("--continuous", help="The bound in continuous time, instead of in steps.")
+    ] = False,
+    n: Annotated[
+        int | None, typer.Option("-n", "--n", min=2, help="Number of examples. Default: 500, or all if fewer.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    variance: Annotated[
+        str | None, typer.Option(help="small, big, or one that `quieten variance fit` learned. Default: what the model has.")
+    ] = None,
+    bound_grid: Annotated[
+        str, typer.Option(help="Which levels: linear, quad_ddim, linear_ddim, powerp, optimal (measured), own (the sampler's).")
+    ] = "linear",
+    decoder: Annotated[str, typer.Option(help="discretised (its variance fitted), flat, or dequantised.")] = "discretised",
+    compat: Annotated[str | None, typer.Option(help="official: the last term as the papers' code computes it.")] = None,
+    clip: Annotated[
+        bool | None, typer.Option("--clip/--no-clip", help="Clip x0 to [-1, 1]. Default: for pixel models.")
+    ] = None,
+    fit: Annotated[int, typer.Option(min=2, help="Training examples for what is fitted: the decoder, the optimal grid.")] = 128,
+    levels: Annotated[int, typer.Option(min=2, help="Levels that the optimal grid is chosen from, at most.")] = 200,
+    seed: Annotated[int, typer.Option(help="Chooses the examples and their noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON to write. Default: in the run's folder nll, or here.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
+    weights: Weights = "ema",
+    device: Device = None,
+) -> None:
+    """Measure how likely data are: the variational bound on their likelihood, term by term, in nats and bits/dim.
+
+    Bits/dim are of the 8-bit pixels, which the model sees scaled to [-1, 1]. Latent models give nats/dim of their latents.
+
+    Examples:
+
+        quieten nll runs/digits digits
+
+        quieten nll zoo:fashion-mnist fashion-mnist --steps 10 --variance big --bound-grid optimal
+
+        quieten nll ./my-diffusers-model ~/pictures/test --steps 1000 --compat official
+    """
+    from ..commands.nll import nll as run
+
+    run(
+        source, data, steps=None if continuous else steps, n=n, split=split, variance=variance, bound_grid=bound_grid,
+        decoder=decoder, compat=compat, clip=clip, fit=fit, levels=levels, seed=seed, out=out, batch=batch, weights=weights,
+        device=device,
+    )  # fmt: skip

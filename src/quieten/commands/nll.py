@@ -1,0 +1,350 @@
+"""`quieten nll`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..covariance import Unit
+from ..data import Dataset, Order, load
+from ..decoders import Decoder, Dequantised, Discretised, Flat, Plain
+from ..denoiser import Denoiser
+from ..files import write_atomic, writing
+from ..grids import SPACINGS, dp_vb, edge_costs, linear, take
+from ..likelihood import Bound, evaluate, fit_decoder
+from ..noise import Draws
+from ..process import VP
+from ..progress import Progress
+from ..schedule import Linear, Schedule
+from ..source import Source, open_source
+from ..transition import Ancestral, Transition
+from ..wrap import WithCovariance
+
+__all__ = ["nll"]
+
+GRIDS = (*SPACINGS, "optimal", "own")
+DECODERS = ("discretised", "flat", "dequantised")
+CHAIN = 1000
+"""Levels of the chain that steps are chosen from, for models without a table of their own."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Data as the denoiser sees them, float32 (N, *), and their conditions."""
+
+    x0: Tensor
+    cond: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def on(self, device: torch.device) -> Examples:
+        return Examples(self.x0.to(device), {name: value.to(device) for name, value in self.cond.items()})
+
+
+def nll(
+    source: str,
+    data: str,
+    *,
+    steps: int | None = 50,
+    n: int | None = None,
+    split: str = "test",
+    variance: str | None = None,
+    bound_grid: str = "linear",
+    decoder: str = "discretised",
+    compat: str | None = None,
+    clip: bool | None = None,
+    fit: int = 128,
+    levels: int = 200,
+    seed: int = 0,
+    out: Path | None = None,
+    batch: int = 64,
+    weights: str = "ema",
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measures the bound, prints and saves its table, and returns what it saved; the arguments are the command's options.
+
+    Raises:
+        ValueError: For an option that the model or the data cannot serve, or a place that cannot be written.
+    """
+    _check_names(bound_grid, decoder, compat, steps)
+    opened = open_source(source, weights, device)
+    _check_compat(opened, compat)
+    model, transition, variance = _kernels(opened, variance, clip)
+    examples, fitting, whole = _data(opened, data, split, n, fit, seed, batch)
+    out = _target(opened, out, f"{whole.name}-{split}-{variance}-{_name_of(steps, bound_grid)}.json")
+    kind = _decoder(opened, whole, decoder, compat)
+    places = Places(opened, bound_grid, steps, levels)
+    grid = places.of(model, transition, kind, fitting, seed)
+    kind = _fitted(opened, kind, model, fitting, grid, transition, seed, batch, compat)
+    with Progress(len(examples), 0, "bound") as progress:
+        bound = evaluate(
+            model, examples.x0, kind, grid, cond=examples.cond, seed=seed, batch=batch,
+            transition=None if steps is None else transition, progress=progress.update,
+        )  # fmt: skip
+    protocol = {
+        "source": source, "weights": opened.weights, "data": whole.name, "split": split, "n": len(examples), "seed": seed,
+        "steps": steps, "grid": bound_grid if steps else "continuous time", "variance": variance if steps else None,
+        "decoder": repr(kind), "compat": compat, "clip": opened.clip is not None if clip is None else clip,
+        "fitted_on": f"{len(fitting)} of train", "unit": _unit(opened, bound),
+    }  # fmt: skip
+    result = {"protocol": protocol, "dims": bound.dims, "terms": _terms(bound), "steps": _steps(bound)}
+    with writing(out):
+        write_atomic(out, json.dumps(result, indent=1).encode())
+    print(_table(result, bound))
+    print(f"{out}")
+    return result
+
+
+# ---- before the work
+
+
+def _check_names(grid: str, decoder: str, compat: str | None, steps: int | None) -> None:
+    from ..parts import nearest
+
+    for option, name, known in (("--bound-grid", grid, GRIDS), ("--decoder", decoder, DECODERS)):
+        if name not in known:
+            raise ValueError(f"`{option} {name}` is unknown{nearest(name, known)} (known: {', '.join(known)})")
+    if compat not in (None, "official"):
+        raise ValueError(f"`--compat {compat}` is unknown: leave it out, or give official")
+    if compat and (decoder != "discretised" or steps is None):
+        raise ValueError("`--compat official` is the discretised decoder in steps: leave out --decoder and --continuous")
+
+
+def _check_compat(source: Source, compat: str | None) -> None:
+    if compat and source.table is None:
+        raise ValueError("`--compat official` takes its decoder's variance from the first levels of a table, which this model "
+                         "was not trained on: leave it out")  # fmt: skip
+
+
+def _kernels(source: Source, variance: str | None, clip: bool | None) -> tuple[Denoiser, Transition, str]:
+    """The denoiser with its variance, the transition that uses it, and the name of the variance."""
+    how = source.clip if clip is None else (source.clip or 1.0) if clip else None
+    learned = bool(getattr(source.denoiser, "learned_range", False))
+    if variance is None:
+        variance = "range" if learned else "big"
+    if variance == "small":
+        return source.denoiser, Ancestral(spread=False, clip=how), variance
+    if variance == "big":
+        if source.denoiser.process is not VP:
+            raise ValueError("`--variance big` assumes data of unit variance in a VP process: give small, or fit one with "
+                             "`quieten variance fit`")  # fmt: skip
+        return WithCovariance(source.denoiser, Unit()), Ancestral(clip=how), variance
+    if variance == "range":
+        if not learned:
+            raise ValueError("`--variance range` needs a network that predicts it: give small or big")
+        return source.denoiser, Ancestral(clip=how, range=True), variance
+    raise ValueError(f"`--variance {variance}` is not there: give small or big, or fit it first with `quieten variance fit`")
+
+
+def _data(
+    source: Source, name: str, split: str, n: int | None, fit: int, seed: int, batch: int
+) -> tuple[Examples, Examples, Dataset]:
+    """What is evaluated, and other examples, of the training data, for what is fitted."""
+    shape = source.denoiser.shape if source.encode is None else source.image
+    size = {"channels": shape[0], "size": shape[1]} if shape is not None and len(shape) == 3 else {}
+    whole, train = (_load(name, part, size) for part in (split, "train"))
+    n = min(500, len(whole) if split == "test" else len(whole) // 2) if n is None else n
+    if n > len(whole):
+        raise ValueError(f"`-n {n}` exceeds the {len(whole)} examples of {whole.name}'s {split} data: give fewer")
+    index = Order(len(whole), n, seed).indices(0)
+    if split == "train":
+        rest = torch.ones(len(train), dtype=torch.bool)
+        rest[index] = False
+        train = train.subset(rest)
+    if not len(train):
+        raise ValueError(f"`-n {n}` leaves no training example to fit the decoder on: give fewer")
+    other = Order(len(train), min(fit, len(train)), seed + 1).indices(0)
+    return _examples(source, whole, index, batch), _examples(source, train, other, batch), whole
+
+
+def _load(name: str, split: str, size: Mapping[str, Any]) -> Dataset:
+    try:
+        return load(name, split=split, **size)
+    except ValueError as error:
+        if size and "holds floats" in str(error):  # which no resizing can change
+            return _load(name, split, {})
+        if split == "test" and "`split`" in str(error):
+            raise ValueError(
+                f"{name} has no test data of its own: give --split train, and mind what the model has seen"
+            ) from error
+        raise
+
+
+def _examples(source: Source, data: Dataset, index: Tensor, batch: int) -> Examples:
+    x0, labels = data.batch(index)
+    if source.encode is not None:
+        x0 = source.encode(x0.to(next(iter(source.denoiser.parameters())).device)).float().cpu()
+    shape = source.denoiser.shape
+    if shape is not None and tuple(x0.shape[1:]) != tuple(shape):
+        raise ValueError(f"{data.name} has examples of shape {tuple(x0.shape[1:])}, this model {tuple(shape)}: give other data")
+    if source.prompt is not None:
+        raise ValueError("this model draws what a text says, and data have none: the likelihood needs a model without text")
+    if not source.classes:
+        return Examples(x0, {})
+    if labels is not None and len(data.classes) == len(source.classes):
+        return Examples(x0, {"label": labels})
+    if not source.null:
+        raise ValueError(f"this model needs labels of {len(source.classes)} classes, {data.name} has "
+                         f"{len(data.classes) or 'none'}: give the data it was trained on")  # fmt: skip
+    return Examples(x0, {name: torch.full((len(x0),), value) for name, value in source.null.items()})
+
+
+def _target(source: Source, out: Path | None, name: str) -> Path:
+    if out is None:
+        home = source.home
+        out = home.parent / "nll" / name if home.name == "samples" else home / f"nll-{name}"
+    out = out.expanduser()
+    if out.suffix != ".json" or out.is_dir():
+        raise ValueError(f"`--out {out}` must be the name of a .json file: end it in .json")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _name_of(steps: int | None, grid: str) -> str:
+    return "continuous" if steps is None else f"{grid}{steps}"
+
+
+# ---- decoder and levels
+
+
+def _decoder(source: Source, data: Dataset, name: str, compat: str | None) -> Decoder:
+    """The kind of decoder, its variance still to be fitted."""
+    if source.encode is not None or not _of_bytes(data):
+        if name != "discretised":
+            raise ValueError(f"`--decoder {name}` is for 8-bit data: leave it out")
+        return Plain()
+    if name == "flat":
+        return Flat(source.denoiser.process)
+    return Dequantised() if name == "dequantised" else Discretised(compat=compat)
+
+
+def _of_bytes(data: Dataset) -> bool:
+    return not isinstance(data.images, Tensor) or data.images.dtype == torch.uint8
+
+
+def _chain(source: Source) -> Tensor:
+    """All levels to choose from, cleanest first."""
+    return source.grid(CHAIN, None)[:-1].flip(0) if source.table is None else source.table.lam.cpu()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which levels the bound visits, as the command was told."""
+
+    source: Source
+    name: str
+    steps: int | None
+    levels: int
+
+    def of(self, model: Denoiser, transition: Transition, decoder: Decoder, fitting: Examples, seed: int) -> Tensor | Schedule:
+        """A grid; for the bound in continuous time a line between the ends of the chain."""
+        chain = _chain(self.source)
+        if self.steps is None:
+            finite = chain[chain.isfinite()]
+            return Linear(float(finite[0]), float(finite[-1]))
+        if self.name == "own":
+            return self.source.grid(self.steps, None)
+        if self.steps > len(chain):
+            raise ValueError(f"`--steps {self.steps}` exceeds the {len(chain)} levels of the model: give fewer")
+        if self.name != "optimal":
+            return take(chain, SPACINGS[self.name](self.steps, len(chain)))
+        return self._optimal(chain, model, transition, decoder, fitting, seed)
+
+    def _optimal(
+        self, chain: Tensor, model: Denoiser, transition: Transition, decoder: Decoder, fitting: Examples, seed: int
+    ) -> Tensor:
+        if not isinstance(transition, Ancestral) or transition.range:
+            raise ValueError("`--bound-grid optimal` is for variances that do not depend on the next level: give another grid")
+        steps = int(self.steps or 0)
+        chain = chain[linear(max(min(self.levels, len(chain)), steps), len(chain)) - 1]
+        there = fitting.on(next(iter(model.parameters())).device)
+        with Progress(len(chain) * len(fitting), 0, "measuring the grid") as progress:
+            costs = edge_costs(
+                model.bind(**there.cond), there.x0, chain, decoder, draws=Draws(seed, 1, range(len(there))),
+                transition=transition, fit=True, progress=lambda done: progress.update(done * len(fitting)),
+            )  # fmt: skip
+        return take(chain, dp_vb(steps, costs)[0])
+
+
+def _fitted(
+    source: Source,
+    decoder: Decoder,
+    model: Denoiser,
+    fitting: Examples,
+    grid: Tensor | Schedule,
+    transition: Transition,
+    seed: int,
+    batch: int,
+    compat: str | None,
+) -> Decoder:
+    """The decoder with its variance: fitted on training data, or, as released, the posterior's from level 2 to level 1."""
+    clean = float(grid(torch.zeros((), dtype=torch.float64))) if isinstance(grid, Schedule) else float(grid[-2])
+    if isinstance(decoder, Flat) and clean < 12.0:
+        print(f"the cleanest level has log-SNR {clean:.2f}: the flat decoder is expensive below 13, the discretised one is not")
+    if compat == "official" and source.table is not None:
+        first, second = source.table.lam[:2].tolist()
+        x = torch.zeros(1, 1, dtype=torch.float64)
+        return Discretised(float(source.denoiser.process.bridge(x, x, second, first).var), compat=compat)
+    return fit_decoder(
+        decoder, model, fitting.x0, clean, cond=fitting.cond, seed=seed, batch=batch, transition=transition
+    )  # fmt: skip
+
+
+# ---- afterwards
+
+
+def _unit(source: Source, bound: Bound) -> str:
+    if bound.discrete:
+        return "bits/dim of the 8-bit data, scaled to [-1, 1]"
+    return "latent nats/dim" if source.encode is not None else "nats/dim of the data as given"
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def _terms(bound: Bound) -> dict[str, dict[str, float]]:
+    """Mean and standard error of each term, in nats per example and in the unit per dimension."""
+    scale, unit = (bound.dims * math.log(2.0), "bits/dim") if bound.discrete else (bound.dims, "nats/dim")
+    out = {}
+    for name, values in bound.terms.items():
+        mean, error = _mean(values)
+        out[name] = {"nats": mean, "nats_se": error, unit: mean / scale, f"{unit}_se": error / scale}
+    return out
+
+
+def _steps(bound: Bound) -> list[dict[str, float | None]]:
+    """Each step of the diffusion term, from noise to data."""
+    if not bound.levels:
+        return []
+    rows = []
+    for i, (lam_t, lam_s) in enumerate(zip(bound.levels, bound.levels[1:], strict=False)):
+        mean, error = _mean(bound.diffusion[:, i])
+        rows.append({"lam_t": lam_t if math.isfinite(lam_t) else None, "lam_s": lam_s, "nats": mean, "nats_se": error})
+    return rows
+
+
+def _table(result: Mapping[str, Any], bound: Bound) -> str:
+    unit = "bits/dim" if bound.discrete else "nats/dim"
+    p = result["protocol"]
+    how = f"{p['steps']} steps ({p['grid']} grid), variance {p['variance']}" if p["steps"] else "continuous time"
+    lines = [
+        f"{p['source']} ({p['weights']} weights) on {p['n']} {p['split']} examples of {p['data']}, seed {p['seed']}: {how}",
+        f"decoder: {p['decoder']}; fitted on {p['fitted_on']}; D = {bound.dims}; {p['unit']}",
+        f"{'':16}{'nats/example':>24}{p['unit'].split(' of ')[0]:>24}",
+    ]
+    for name, row in result["terms"].items():
+        cells = (f"{row[key]:.{digits}f} ± {row[key + '_se']:.{digits}f}" for key, digits in (("nats", 2), (unit, 4)))
+        lines.append(f"{name:16}" + "".join(f"{cell:>24}" for cell in cells))
+    lines.append(f"at most {result['terms']['total'][unit]:.4f} {unit}: the terms add up to a bound")
+    return "\n".join(lines)
