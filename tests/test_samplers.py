@@ -20,7 +20,7 @@ from toy import BASE
 
 MEAN, VAR = torch.tensor([1.0, -0.5]).repeat(32), torch.tensor([0.4, 0.1]).repeat(32)
 DATA = GaussianData(MEAN, VAR, VP)  # of 64 dimensions, for Langevin steps take the norm of the noise for its mean
-RANDOM = {"ddpm", "ancestral", "dpm++sde", "churn", "pc", "em"}
+RANDOM = {"ddpm", "ancestral", "ocm", "ocm-ddim", "lanczos", "dpm++sde", "churn", "pc", "em"}
 NFE = {"heun": 2, "midpoint": 2, "rk4": 4, "churn": 2, "dpm++2s": 2}  # per step but the last; the others ask once
 START = {"plms-heun": 1, "pndm": 9}  # more in the first steps
 
