@@ -248,7 +248,7 @@ class UNet(Net):
         out_channels: int | None = None,
         detail: int = 16,
         t_scale: float = 1.0,
-        powers: Sequence[float] = (),
+        powers: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         patch = patch or (1 if size < 16 else 2 if size <= 64 else 4)
