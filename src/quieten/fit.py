@@ -178,7 +178,7 @@ class _Session:
         with (
             signals() as self.stop,
             Progress(self.plan.images, self.images, title, show=self.is_main) as self.progress,
-            Batches(self.data, self.order, self.run.recipe, self.positions, self.device) as batches,
+            Batches(self.data, self.order, self.run.recipe, self.positions, self.device, self.update.objective) as batches,
         ):
             started = self.read_at = saved_at = time.monotonic()
             self.read_step = saved = self.step
@@ -201,19 +201,22 @@ class _Session:
 
     def _advance(self, batches: Batches, stop: bool) -> None:
         """One optimiser step. Nothing here waits for the device."""
-        plan, share, loss = self.plan, sum(map(len, self.positions)), torch.zeros((), device=self.device)
+        plan, share = self.plan, sum(map(len, self.positions))
+        sums: dict[str, Tensor] = {}
         torch.manual_seed(_key(plan.seed, self.step, self.accelerator.process_index))  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = _learning_rate(plan, self.step, self.steps)
         for positions, batch in zip(self.positions, batches.at(self.step), strict=True):
             last = positions is self.positions[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                losses = self.wrapped(batch, Draws(plan.seed, self.step, positions, plan.batch))["loss"]
-                part = losses.sum() / share  # processes average their gradients: the mean over the global batch
+                values = self.wrapped(batch, Draws(plan.seed, self.step, positions, plan.batch))
+                part = values["loss"].sum() / share  # processes average their gradients: the mean over the global batch
                 part.backward()
-            loss = loss + part.detach()
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().sum() / share
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, plan.clip or math.inf)
-        shared = torch.stack([loss, torch.full_like(loss, float(stop))])
+        loss = sums.pop("loss")
+        shared = torch.stack([loss, torch.full_like(loss, float(stop)), *sums.values()])
         if self.accelerator.num_processes > 1:
             shared = self.accelerator.reduce(shared, "mean")
         bad = ~(shared[0].isfinite() & norm.isfinite())
@@ -223,7 +226,7 @@ class _Session:
         self.step += 1
         halflife = min(plan.ema, plan.ema_warmup * self.images)
         torch._foreach_lerp_(self.averaged, self.latest, 1.0 - 0.5 ** (plan.batch / halflife))
-        self.tally.add(self.step, shared[0], norm, bad, shared[1])
+        self.tally.add(self.step, shared[0], norm, bad, shared[1], dict(zip(sums, shared[2:], strict=True)))
 
     def _look(self) -> bool:
         """Reads what the device has counted, when that is due or free; returns whether to stop."""

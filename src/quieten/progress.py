@@ -51,7 +51,8 @@ class Progress:
         """Images done so far, and a line of training metrics when there is a new one."""
         self.done, now = min(images, self.total), time.monotonic()
         if row is not None:
-            self.text, self.told = f"loss {row['loss']:.4f} {row['images_per_s']:.0f} images/s", True
+            plain = f" (plain {row['plain_loss']:.4f})" if "plain_loss" in row else ""  # what stable targets took away is in it
+            self.text, self.told = f"loss {row['loss']:.4f}{plain} {row['images_per_s']:.0f} images/s", True
         elif not self.told:
             self.text = f"{(self.done - self.first) / max(now - self.start, 1e-9):.0f} images/s"
         if self.bar is not None:

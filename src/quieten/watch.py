@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,15 +18,22 @@ HOPELESS = 50
 
 
 class Tally:
-    """What the device counts between readings: five numbers in one tensor, so that a reading waits once."""
+    """What the device counts between readings: all numbers in one tensor, so that a reading waits once."""
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(5, dtype=dtype, device=device)
+        self.names: tuple[str, ...] = ()
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, bad: Tensor, stop: Tensor) -> None:
-        """Counts a step; a bad one only by its number."""
-        loss_sum, norm_sum, count, first_bad, stopping = self.sums
+    def add(
+        self, step: int, loss: Tensor, norm: Tensor, bad: Tensor, stop: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Counts a step; a bad one only by its number. `others` are averaged under their names, the same in every step."""
+        others = others or {}
+        if not self.names:
+            self.names = tuple(others)
+            self.sums = torch.cat([self.sums, self.sums.new_zeros(len(others))])
+        loss_sum, norm_sum, count, first_bad, stopping, *more = self.sums
         zero = torch.zeros_like(loss_sum)
         self.sums = torch.stack(
             [
@@ -35,6 +42,7 @@ class Tally:
                 count + (~bad).to(zero),
                 torch.where(bad & (first_bad == 0), zero + step, first_bad),
                 stopping + stop.to(zero),
+                *(s + torch.where(bad, zero, others[name].to(zero)) for s, name in zip(more, self.names, strict=True)),
             ]
         )
 
@@ -46,17 +54,21 @@ class Tally:
         return step
 
     def means(self, steps: int) -> dict[str, float]:
-        """Mean loss and norm of the gradient of the last `steps` steps, and how many were skipped; {} if all were.
+        """Mean loss and norm of the gradient of the last `steps` steps, the other means, and how many were skipped.
+
+        Empty if all were.
 
         Raises:
             ValueError: If all were, and they are many: training goes nowhere.
         """
-        loss, norm, count = self.sums[:3].tolist()
+        loss, norm, count, _, _, *others = self.sums.tolist()
         if not count and steps >= HOPELESS:
             raise ValueError(f"none of the last {steps} steps had a finite loss: look at the saved batches, lower train.lr")
         if not count:
             return {}
-        return {"loss": loss / count, "grad_norm": norm / count} | ({"skipped": round(steps - count)} if count < steps else {})
+        means = {"loss": loss, "grad_norm": norm} | dict(zip(self.names, others, strict=True))
+        skipped = {"skipped": round(steps - count)} if count < steps else {}
+        return {name: value / count for name, value in means.items()} | skipped
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop."""
