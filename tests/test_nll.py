@@ -103,6 +103,27 @@ def test_equals_the_library(typed: Type, run: Run, tmp_path: Path):
     within(2e-3, abs(float(bound.total.mean()) / a["terms"]["total"]["nats"] - 1), "library against command")
 
 
+def test_a_fitted_variance_is_taken(typed: Type, run: Run):
+    """The one that a run has is the default; its bound is not that of another."""
+    from quieten.covariance import Analytic
+    from quieten.variance import fingerprint, save_variance
+
+    lam = torch.linspace(-9.0, 9.0, 20)
+    facts = {"kind": "analytic", "trunk": fingerprint(run.denoiser()), "cap": 1.0}
+    files = save_variance(run.path / "variance", "analytic", Analytic(lam, 1 - 0.5 * torch.sigmoid(lam)), facts)
+    try:
+        fitted = read(typed("nll", run.path, "digits", *SMALL))
+        assert fitted["protocol"]["variance"] == "analytic"
+        named = read(typed("nll", run.path, "digits", *SMALL, "--variance", files))
+        assert named["terms"] == fitted["terms"]
+        big = read(typed("nll", run.path, "digits", *SMALL, "--variance", "big"))
+        assert big["terms"]["diffusion"] != fitted["terms"]["diffusion"]
+        assert big["terms"]["reconstruction"] == fitted["terms"]["reconstruction"]
+    finally:
+        for file in files.parent.iterdir():
+            file.unlink()
+
+
 def test_a_run_keeps_its_results(typed: Type, run: Run):
     ran = typed("nll", run.path, "digits", *SMALL)
     assert Path(ran.out.strip().splitlines()[-1]) == run.path / "nll" / "digits-test-big-linear4.json"
@@ -114,7 +135,7 @@ def test_a_run_keeps_its_results(typed: Type, run: Run):
     (("--compat", "paper"), ("--compat paper", "official")),
     (("--compat", "official"), ("table", "leave it out")),
     (("--compat", "official", "--decoder", "flat"), ("--compat official", "--decoder")),
-    (("--variance", "optimal"), ("--variance optimal", "quieten variance fit")),
+    (("--variance", "optimal"), ("'optimal'", "quieten variance fit")),
     (("--variance", "range"), ("--variance range", "network")),
     (("-n", 1000), ("-n 1000", "299")),
     (("-n", 1498, "--split", "train"), ("-n 1498", "no training example")),

@@ -25,7 +25,8 @@ def nll(
     ] = None,
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
     variance: Annotated[
-        str | None, typer.Option(help="small, big, or one that `quieten variance fit` learned. Default: what the model has.")
+        str | None,
+        typer.Option(help="small, big, or one that `quieten variance fit` fitted. Default: ocm or what else there is."),
     ] = None,
     bound_grid: Annotated[
         str, typer.Option(help="Which levels: linear, quad_ddim, linear_ddim, powerp, optimal (measured), own (the sampler's).")

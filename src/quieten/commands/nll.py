@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..covariance import Unit
 from ..data import Dataset, Order, load
 from ..decoders import Decoder, Dequantised, Discretised, Flat, Plain
 from ..denoiser import Denoiser
@@ -25,6 +24,7 @@ from ..progress import Progress
 from ..schedule import Linear, Schedule
 from ..source import Source, open_source
 from ..transition import Ancestral, Transition
+from ..variance import load_variance, variance_names
 from ..wrap import WithCovariance
 
 __all__ = ["nll"]
@@ -124,24 +124,24 @@ def _check_compat(source: Source, compat: str | None) -> None:
                          "was not trained on: leave it out")  # fmt: skip
 
 
-def _kernels(source: Source, variance: str | None, clip: bool | None) -> tuple[Denoiser, Transition, str]:
+def _kernels(source: Source, name: str | None, clip: bool | None) -> tuple[Denoiser, Transition, str]:
     """The denoiser with its variance, the transition that uses it, and the name of the variance."""
     how = source.clip if clip is None else (source.clip or 1.0) if clip else None
     learned = bool(getattr(source.denoiser, "learned_range", False))
-    if variance is None:
-        variance = "range" if learned else "big"
-    if variance == "small":
-        return source.denoiser, Ancestral(spread=False, clip=how), variance
-    if variance == "big":
-        if source.denoiser.process is not VP:
-            raise ValueError("`--variance big` assumes data of unit variance in a VP process: give small, or fit one with "
-                             "`quieten variance fit`")  # fmt: skip
-        return WithCovariance(source.denoiser, Unit()), Ancestral(clip=how), variance
-    if variance == "range":
+    fitted = variance_names(source.variances)
+    if name is None:
+        name = "ocm" if "ocm" in fitted else fitted[0] if fitted else "range" if learned else "big"
+    if name == "small":
+        return source.denoiser, Ancestral(spread=False, clip=how), name
+    if name == "range":
         if not learned:
             raise ValueError("`--variance range` needs a network that predicts it: give small or big")
-        return source.denoiser, Ancestral(clip=how, range=True), variance
-    raise ValueError(f"`--variance {variance}` is not there: give small or big, or fit it first with `quieten variance fit`")
+        return source.denoiser, Ancestral(clip=how, range=True), name
+    if name == "big" and source.denoiser.process is not VP:
+        raise ValueError("`--variance big` assumes data of unit variance in a VP process: give small, or fit one with "
+                         "`quieten variance fit`")  # fmt: skip
+    variance = load_variance(source.variances, name, source.denoiser, cap=how**2 if isinstance(how, int | float) else None)
+    return WithCovariance(source.denoiser, variance), Ancestral(clip=how), Path(name).stem
 
 
 def _data(
