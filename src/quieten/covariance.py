@@ -239,7 +239,7 @@ class Analytic(VarianceSource):
         """rho / sigmoid(lam) at levels of any shape, linear between the table's."""
         ratio = (1.0 - self.m) / torch.sigmoid(self.lam)
         if len(ratio) == 1:
-            return ratio.expand(at.shape)
+            return ratio[0].expand(at.shape)
         high = torch.searchsorted(self.lam, at.contiguous()).clamp(1, len(ratio) - 1)
         low = high - 1
         weight = ((at - self.lam[low]) / (self.lam[high] - self.lam[low])).clamp(0.0, 1.0)
