@@ -22,6 +22,7 @@ __all__ = ["RESCORED", "Posterior", "full_precision", "posterior", "unpacked", "
 RESCORED = 16
 """How many nearest references of each row are measured by direct differences."""
 
+_WEIGHTS = 2**22  # held at once; 32 times as many on other devices than the CPU
 _TOLERANCE = 2e-6  # of the data's scale: what the products of matrices may add to an average before float64 takes over
 
 
@@ -112,7 +113,7 @@ def posterior(
     """
     width, large = wide(x.device), x.device.type != "cpu"
     chunk = chunk or max(64, (2**25 if large else 2**20) // max(1, x.shape[1]))
-    rows = max(1, (2**27 if large else 2**22) // len(refs))
+    rows = max(1, _WEIGHTS * (32 if large else 1) // len(refs))
     with full_precision(x.device):
         shared = _Shared(refs, unpacked(refs[:1024], width).mean(0), tail, chunk, spread)
         parts = []
@@ -287,7 +288,7 @@ def _nearest(shared: _Shared, rows: _Rows, base: Tensor, z: Tensor, index: Tenso
     parts = []
     for begin in range(0, max(count, 1), block):
         at = slice(begin, begin + block)
-        away = unpacked(shared.refs[index[at].flatten()], base.dtype).view(len(index[at]), k, -1) - base[at, None]
+        away = unpacked(shared.refs[index[at].flatten()], base.dtype).view(-1, k, base.shape[1]) - base[at, None]
         squares = torch.linalg.vector_norm(away, dim=2).square_()
         alpha = rows.alpha[at, None]
         apart = alpha * (alpha * squares - 2 * torch.bmm(away, z[at, :, None])[:, :, 0])

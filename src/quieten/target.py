@@ -2,6 +2,7 @@ r"""Stable targets: the average of the clean data that a noisy example may come 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
@@ -69,6 +70,7 @@ def stable_target(
     tail: float | None = ...,
     precise: bool | None = ...,
 ) -> tuple[Tensor, TargetStats]: ...
+@torch.no_grad()
 def stable_target(
     x: Tensor,
     refs: Tensor,
@@ -128,7 +130,7 @@ def stable_target(
         tensor([[0.3799]])
     """
     _check_shapes(x, refs, source, mask, tail)
-    flat, y = x.flatten(1), refs.flatten(1)
+    flat, y = _flat(x), _flat(refs)
     a, s = (_per_row(value, x, name) for name, value in (("alpha", alpha), ("sigma", sigma)))
     base = None if source is None else y[source]
     _check_values(flat, base, a, s, mask)
@@ -141,6 +143,11 @@ def stable_target(
         return target
     square = None if p.spread is None else (p.base.square() + 2 * p.base * p.shift + p.spread).to(x.dtype).reshape(x.shape)
     return target, TargetStats(p.ess, p.largest, p.within, square)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Examples as rows (B, D), of any shape, no rows or scalars too."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _per_row(value: float | Tensor, x: Tensor, name: str) -> Tensor:
@@ -334,16 +341,16 @@ class StableTarget:
         self, x_t: Tensor, x0: Tensor, refs: References, noised: Noised, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Shift from x0 to the target (B, *), float64, and the variance within the references (B,)."""
-        y, alpha, sigma = refs.x0.flatten(1), noised.alpha.flatten(), noised.sigma.flatten()
+        y, alpha, sigma = _flat(refs.x0), noised.alpha.flatten(), noised.sigma.flatten()
         if not self.flip:
-            p = posterior(x_t.flatten(1), y, alpha, sigma, base=x0.flatten(1), mask=mask, precise=self.precise)
+            p = posterior(_flat(x_t), y, alpha, sigma, base=_flat(x0), mask=mask, precise=self.precise)
             return p.shift.view(x0.shape), p.within
         # the weight of a mirrored reference is the reference's own, seen from the mirrored state
-        both, clean = torch.cat([x_t, x_t.flip(-1)]).flatten(1), torch.cat([x0, x0.flip(-1)]).flatten(1)
+        both, clean = (_flat(torch.cat([value, value.flip(-1)])) for value in (x_t, x0))
         alpha, sigma, mask = alpha.repeat(2), sigma.repeat(2), None if mask is None else mask.repeat(2, 1)
         p = posterior(both, y, alpha, sigma, base=clean, mask=mask, precise=self.precise)
         (near, far), (log_near, log_far) = p.shift.chunk(2), p.log_z.chunk(2)
-        far = far.view(x0.shape).flip(-1).flatten(1)
+        far = _flat(far.view(x0.shape).flip(-1))
         share = torch.sigmoid(log_far - log_near)[:, None]
         shift = torch.lerp(near, far, share)
         within_near, within_far = p.within.chunk(2)
