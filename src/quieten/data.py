@@ -8,19 +8,29 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .idx import CLASSES, MIRRORS, class_names, find_idx, idx_file, read_idx
+from .image_sets import (
+    SETS,
+    MappedImages,
+    find_set,
+    held_out,
+    is_cifar,
+    is_imagenet,
+    npz_member,
+    read_cifar,
+    read_imagenet,
+)
 from .noise import Noise
-from .pictures import EMOJI_FONT, LazyImages, draw_emoji, pixels, read_pictures
+from .pictures import EMOJI_FONT, IN_MEMORY, LazyImages, draw_emoji, pixels, read_pictures
 
-__all__ = ["NAMES", "Dataset", "LazyImages", "Order", "emoji", "load", "to_pixels"]
+__all__ = ["NAMES", "Dataset", "LazyImages", "MappedImages", "Order", "emoji", "load", "to_pixels"]
 
-NAMES = ("digits", "emoji", "fashion-mnist", "mnist")
+NAMES = ("digits", "emoji", "fashion-mnist", "mnist", *SETS)
 """The names `load` knows; everything else is a path."""
 
 SPLITS, CROPS = ("train", "test"), ("center", "pad", "stretch")
@@ -34,7 +44,7 @@ class Dataset:
 
     Attributes:
         name: Short name, for reports.
-        images: uint8 (N, C, H, W), in memory or decoded when asked; or float32 (N, *), as given.
+        images: uint8 (N, C, H, W), in memory, or read or decoded when asked; or float32 (N, *), as given.
         labels: int64 (N,), numbers of `classes`; None when unlabelled.
         classes: Names of the classes; () when unlabelled.
 
@@ -46,7 +56,7 @@ class Dataset:
     """
 
     name: str
-    images: Tensor | LazyImages
+    images: Tensor | LazyImages | MappedImages
     labels: Tensor | None
     classes: tuple[str, ...]
 
@@ -147,6 +157,7 @@ def load(
     labels: bool = True,
     skip_corrupt: bool = False,
     crop: str = "center",
+    cut: int | None = None,
     data: str | Path | None = None,
     download: bool = False,
 ) -> Dataset:
@@ -157,12 +168,16 @@ def load(
         - `fashion-mnist`, `mnist`: idx files, sought in `data`/NAME, `data`, $QUIETEN_DATA/NAME, /usr/share/datasets/NAME
           (Debian's dataset-fashion-mnist), the user's cache ~/.cache/quieten/NAME.
         - `emoji`: see `emoji`; every sixth is test.
+        - `cifar10` (the binary version), `imagenet64` (the npz files), `celeba`, `lsun-bedroom` (pictures), sought in the
+          same places; CelebA's splits are those of list_eval_partition.txt where it lies beside the pictures.
     Paths:
         - a folder of idx files, named as MNIST's, plain or gzipped;
         - a folder or a zip of images; subfolders `train` and `test` are the splits, else all is train. When every image
-          lies in one of two or more subfolders, these are the classes, in alphabetical order;
+          lies in one of two or more subfolders, these are the classes, in alphabetical order; a `dataset.json` as written by
+          EDM's tools says the labels instead;
+        - a folder of CIFAR-10's data_batch_*.bin or its tar.gz, or of Downsampled ImageNet's npz files;
         - .npz: `images`, `x` or `arr_0`, and `labels`, `y` or `arr_1`; .npy: images. Either uint8 in the layout NHWC,
-          NCHW or NHW, or finite floats (N, *), kept as they are.
+          NCHW or NHW, or finite floats (N, *), kept as they are. More than 2 GiB of levels stay on the disk.
 
     Arguments:
         split: "train" or "test".
@@ -171,22 +186,31 @@ def load(
         labels: False leaves labels out.
         skip_corrupt: Leave out files that cannot be read, and warn with their names, instead of raising.
         crop: How `size` makes a square: "center" cuts the longer side, "pad" adds white, "stretch" distorts.
+        cut: Side of the central square that is kept of a picture file before it is resized: 140 is customary for CelebA.
         data: Where to look for a named set first: a folder, or the font of `emoji`.
         download: Fetch `mnist` or `fashion-mnist` into the cache when it is nowhere else, checking SHA-256.
 
     Raises:
         ValueError: Unknown name; missing, corrupt or unequal files; impossible arguments. One line each.
     """
-    _check(split=split, size=size, channels=channels, crop=crop)
+    _check(split=split, size=size, channels=channels, crop=crop, cut=cut)
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name in NAMES:
+    title, keep = None, None
+    if name in SETS:
+        title, path = name, find_set(name, data)
+        keep = held_out(path, split) if name == "celeba" else None
+    if name in NAMES and title is None:
         whole = _named(name, split, labels, data, download, size)
+    elif is_cifar(path):
+        whole = Dataset("cifar10", *read_cifar(path, split, labels))
+    elif is_imagenet(path):
+        whole = Dataset(title or path.resolve().name, *read_imagenet(path, split, labels))
     elif path.is_dir() and any(idx_file(path, part, "images") for part in SPLITS):
         folder = path.resolve().name
         whole = Dataset(folder, *read_idx(path, split, labels, folder))
     elif path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file()):
-        title = path.resolve().name if path.is_dir() else path.stem
-        return Dataset(title, *read_pictures(path, split, size, channels, crop, labels, skip_corrupt))
+        title = title or (path.resolve().name if path.is_dir() else path.stem)
+        return Dataset(title, *read_pictures(path, split, size, channels, crop, labels, skip_corrupt, cut, keep))
     elif path.suffix.lower() in (".npz", ".npy") and path.is_file():
         whole = _arrays(path, split, labels)
     else:
@@ -194,6 +218,8 @@ def load(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         known = f"none of {', '.join(NAMES)}{hint}"
         raise ValueError(f"`name_or_path` {name!r} is no folder, .zip, .npz or .npy file, and {known}")
+    if cut is not None:
+        raise ValueError(f"`cut` {cut} is for picture files, {name} is no folder or zip of them: leave it out")
     return _refit(whole, size, channels, crop)
 
 
@@ -214,11 +240,15 @@ def emoji(size: int = 32, font: str | Path = EMOJI_FONT) -> Dataset:
     return Dataset("emoji", draw_emoji(size, font), None, ())
 
 
-def _check(split: str = "train", size: int | None = None, channels: int | None = None, crop: str = "center") -> None:
+def _check(
+    split: str = "train", size: int | None = None, channels: int | None = None, crop: str = "center", cut: int | None = None
+) -> None:
     if split not in SPLITS:
         raise ValueError(f"`split` must be 'train' or 'test' (got {split!r})")
     if size is not None and size < 1:
         raise ValueError(f"`size` must be at least 1 pixel (got {size})")
+    if cut is not None and cut < 1:
+        raise ValueError(f"`cut` must be at least 1 pixel (got {cut})")
     if channels not in (None, 1, 3):
         raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB) (got {channels})")
     if crop not in CROPS:
@@ -254,14 +284,14 @@ def _arrays(path: Path, split: str, labels: bool) -> Dataset:
         raise ValueError(f"`split` 'test': {path} is one whole; keep test examples in a file of their own")
     images, number, keys = None, None, ["(one array)"]
     try:
-        content = np.load(path, allow_pickle=False)
+        content = np.load(path, mmap_mode="c", allow_pickle=False)  # which is for .npy only
         if isinstance(content, np.ndarray):
             images = content
         else:
             with content:
                 keys = content.files
-                images = _pick(content, ("images", "x", "arr_0"))
-                number = _pick(content, ("labels", "y", "arr_1")) if labels else None
+                images = _pick(path, keys, ("images", "x", "arr_0"))
+                number = _pick(path, keys, ("labels", "y", "arr_1")) if labels else None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): save plain arrays with numpy.savez") from error
     if images is None:
@@ -271,11 +301,11 @@ def _arrays(path: Path, split: str, labels: bool) -> Dataset:
     return Dataset(path.stem, tensor, label, class_names(label))
 
 
-def _pick(content: Any, keys: Sequence[str]) -> np.ndarray | None:
-    return next((content[key] for key in keys if key in content.files), None)
+def _pick(path: Path, known: Sequence[str], keys: Sequence[str]) -> np.ndarray | None:
+    return next((npz_member(path, key) for key in keys if key in known), None)
 
 
-def _array_images(path: Path, array: np.ndarray) -> Tensor:
+def _array_images(path: Path, array: np.ndarray) -> Tensor | MappedImages:
     given = f"{path} holds {array.dtype} {array.shape}"
     if np.issubdtype(array.dtype, np.floating) and array.ndim > 1 and array.size:
         with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite and is refused below
@@ -289,6 +319,8 @@ def _array_images(path: Path, array: np.ndarray) -> Tensor:
         array = array.transpose(0, 3, 1, 2)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
         raise ValueError(f"{given}: save images as uint8 (N, H, W, 1 or 3), or anything as floats (N, ...)")
+    if array.nbytes > IN_MEMORY:
+        return MappedImages((array,))
     return torch.from_numpy(np.array(array, order="C"))
 
 
@@ -311,7 +343,8 @@ def _refit(whole: Dataset, size: int | None, channels: int | None, crop: str) ->
         return whole
     images = whole.images
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise ValueError(f"`size` and `channels` cannot change {whole.name}, which holds floats: leave them out")
+        kind = "stays on the disk" if images.dtype == torch.uint8 else "holds floats"
+        raise ValueError(f"`size` and `channels` cannot change {whole.name}, which {kind}: leave them out")
 
     def refit(image: Tensor) -> np.ndarray:
         picture = Image.fromarray((image[0] if count == 1 else image.permute(1, 2, 0)).numpy())

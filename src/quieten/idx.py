@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .files import write_atomic
 
-__all__ = ["CLASSES", "MIRRORS", "SHA256", "class_names", "find_idx", "idx_file", "read_idx"]
+__all__ = ["CLASSES", "MIRRORS", "SHA256", "class_names", "find_idx", "idx_file", "places", "read_idx"]
 
 DEBIAN = Path("/usr/share/datasets")
 
@@ -62,12 +62,7 @@ def find_idx(name: str, split: str, data: str | Path | None, download: bool) -> 
     Raises:
         ValueError: If the set is nowhere and not to be downloaded, or what was downloaded is wrong.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quieten" / name
-    folders = [DEBIAN / name, cache]
-    if os.environ.get("QUIETEN_DATA"):
-        folders.insert(0, Path(os.environ["QUIETEN_DATA"]).expanduser() / name)
-    if data is not None:
-        folders[:0] = [Path(data).expanduser() / name, Path(data).expanduser()]
+    folders = places(name, data)
     for folder in folders:
         if idx_file(folder, split, "images") is not None:
             return folder
@@ -75,10 +70,22 @@ def find_idx(name: str, split: str, data: str | Path | None, download: bool) -> 
         debian = "install Debian's dataset-fashion-mnist, " if name == "fashion-mnist" else ""
         remedy = f"{debian}name its folder with `data`, or pass download=True to fetch it"
         raise ValueError(f"{name} is not in {', '.join(map(str, folders))}: {remedy}")
+    cache = folders[-1]
     kept = [file for file in SHA256[name] if file.startswith("t10k") == (split == "test")]
     for file in reversed(kept):  # images last: where they are, the labels are
         _download(MIRRORS[name] + file + ".gz", cache / (file + ".gz"), SHA256[name][file])
     return cache
+
+
+def places(name: str, data: str | Path | None) -> list[Path]:
+    """Folders in which a named set may lie, in the order in which they are looked at; the last is the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quieten" / name
+    folders = [DEBIAN / name, cache]
+    if os.environ.get("QUIETEN_DATA"):
+        folders.insert(0, Path(os.environ["QUIETEN_DATA"]).expanduser() / name)
+    if data is not None:
+        folders[:0] = [Path(data).expanduser() / name, Path(data).expanduser()]
+    return folders
 
 
 def _download(url: str, target: Path, sha256: str) -> None:

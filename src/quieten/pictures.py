@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,8 @@ from typing import IO, TYPE_CHECKING, ClassVar, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from .idx import class_names
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +44,7 @@ class LazyImages:
         item: (C, H, W) of every picture.
         size: Height and width to resize to; None for pictures that are of one size.
         crop: How, see `quieten.data.load`.
+        cut: Side of the central square to keep first; None for all.
     """
 
     source: Path | zipfile.ZipFile
@@ -48,6 +52,7 @@ class LazyImages:
     item: tuple[int, int, int]
     size: int | None
     crop: str
+    cut: int | None = None
     dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __len__(self) -> int:
@@ -71,10 +76,12 @@ class LazyImages:
 
         try:
             with _open(self.source, self.names[k]) as file, Image.open(file) as image:
-                if self.size is not None:  # JPEG decodes at a fraction: twice the size leaves it to the resizing
+                if (
+                    self.size is not None and self.cut is None
+                ):  # JPEG decodes at a fraction: twice the size leaves it to the resizing
                     image.draft(None, (2 * self.size, 2 * self.size))
                 upright = ImageOps.exif_transpose(image)
-                array = pixels(upright, self.item[0], self.size, self.crop)
+                array = pixels(upright, self.item[0], self.size, self.crop, self.cut)
         except Exception as error:  # Pillow's plugins raise whatever their format makes them raise
             raise _corrupt(self.names[k], error) from error
         if array.shape != self.item:
@@ -83,9 +90,20 @@ class LazyImages:
 
 
 def read_pictures(
-    path: Path, split: str, size: int | None, channels: int | None, crop: str, labels: bool, skip: bool
+    path: Path,
+    split: str,
+    size: int | None,
+    channels: int | None,
+    crop: str,
+    labels: bool,
+    skip: bool,
+    cut: int | None = None,
+    keep: Collection[str] | None = None,
 ) -> tuple[Tensor | LazyImages, Tensor | None, tuple[str, ...]]:
     """A folder or a zip of image files: images, labels int64 (N,) and classes; arguments as in `quieten.data.load`.
+
+    A file `dataset.json` at its top, as EDM's tools write it, says the labels; `keep` are the file names of the split,
+    where neither folders nor the archive say it.
 
     Raises:
         ValueError: If there are no images, or not of the split, or of unequal sizes; if a file cannot be read, unless `skip`.
@@ -94,15 +112,21 @@ def read_pictures(
         source = path if path.is_dir() else zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error}): the archive is damaged, get it again") from error
-    found = _list(source, path, split)
+    found = _list(source, path, "train" if keep is not None else split)
+    if keep is not None:
+        found = [(name, parent) for name, parent in found if PurePosixPath(name).name in keep]
+        if not found:
+            raise ValueError(f"`split` {split!r}: {path} holds none of its {len(keep)} images: get the set again")
+    told = _told_labels(source, path)
     headers = _each(lambda k: _header(source, found[k][0]), len(found), "looking at images", skip)
     files = [found[k] for k in headers]
     names = tuple(name for name, _ in files)
     if channels is None:
         channels = 1 if all(grey for grey, _ in headers.values()) else 3
     pairs = [pair for _, pair in headers.values()]
-    width, height = _common_size(names, pairs) if size is None else (size, size)
-    lazy = LazyImages(source, names, (channels, height, width), size, crop)
+    side = size or cut
+    width, height = (side, side) if side else _common_size(names, pairs)
+    lazy = LazyImages(source, names, (channels, height, width), size, crop, cut)
     images: Tensor | LazyImages = lazy
     if math.prod(lazy.shape) <= IN_MEMORY:
         kept, images = _decoded(lazy, "decoding images", skip)
@@ -113,6 +137,8 @@ def read_pictures(
     if len(files) < len(found):
         lost = sorted({name for name, _ in found} - {name for name, _ in files})
         warnings.warn(f"{path}: left out {len(lost)} corrupt image files: {', '.join(lost)}", stacklevel=3)  # `load`'s caller
+    if told is not None:
+        return (images, *_numbers(path, told, [name for name, _ in files])) if labels else (images, None, ())
     classes = tuple(sorted({parent for _, parent in files}))
     if not labels or len(classes) < 2 or "" in classes:
         return images, None, ()
@@ -142,6 +168,33 @@ def _list(source: Path | zipfile.ZipFile, path: Path, split: str) -> list[tuple[
     if whole and split == "test":
         raise ValueError(f"`split` 'test': {path} is one whole; divide it into subfolders train and test")
     return [(str(p), p.parts[depth] if len(p.parts) > depth + 1 else "") for p in paths]
+
+
+def _told_labels(source: Path | zipfile.ZipFile, path: Path) -> dict[str, int] | None:
+    """What a `dataset.json` says, file name -> label; {} if it says that there are none; None without one."""
+    try:
+        with _open(source, "dataset.json") as file:
+            content = json.load(file)
+        rows = content.get("labels") if isinstance(content, dict) else None
+        return {str(name): int(label) for name, label in rows or []}
+    except (FileNotFoundError, KeyError):  # in a folder, in a zip
+        return None
+    except (ValueError, TypeError) as error:
+        wanted = '{"labels": [[file, number], ...]}'
+        raise ValueError(f"{path}: dataset.json cannot be read ({error}): it must hold {wanted}") from None
+
+
+def _numbers(path: Path, told: dict[str, int], names: Sequence[str]) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Labels int64 (N,) and classes of the files, from what a `dataset.json` says."""
+    if not told:
+        return None, ()
+    missing = [name for name in names if name not in told]
+    if missing:
+        raise ValueError(f"{path}: dataset.json has no label for {missing[0]}: write it anew, or pass labels=False")
+    number = torch.tensor([told[name] for name in names])
+    if number.min() < 0:
+        raise ValueError(f"{path}: dataset.json has a label {int(number.min())} below 0: number classes from 0 on")
+    return number, class_names(number)
 
 
 def _hidden(path: PurePosixPath) -> bool:
@@ -223,9 +276,10 @@ def _corrupt(name: str, error: object) -> ValueError:
 # ---- one picture
 
 
-def pixels(image: Image.Image, channels: int, size: int | None, crop: str) -> np.ndarray:
+def pixels(image: Image.Image, channels: int, size: int | None, crop: str, cut: int | None = None) -> np.ndarray:
     """Levels of a picture made plain and square: uint8 (C, H, W); arguments as in `quieten.data.load`."""
-    array = np.asarray(_fit(_plain(image, channels), size, crop))
+    plain = _plain(image, channels)
+    array = np.asarray(_fit(plain if cut is None else _cut(plain, cut), size, crop))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
@@ -242,6 +296,14 @@ def _plain(image: Image.Image, channels: int) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _cut(image: Image.Image, side: int) -> Image.Image:
+    """The central square of a picture."""
+    if min(image.size) < side:
+        raise ValueError(f"it is {image.size[0]} x {image.size[1]}, too small to cut {side} from it")
+    left, top = ((n - side) // 2 for n in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _fit(image: Image.Image, size: int | None, crop: str) -> Image.Image:

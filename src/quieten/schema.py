@@ -67,6 +67,7 @@ class Data(_Section):
     Attributes:
         name: A data set's name, or a path.
         folder: Where to look for a named set first.
+        cut: Side of the central square that is kept of a picture file before it is resized.
         flip: Whether examples are mirrored at random.
         shape: Shape of one example; known once a run exists, as are `classes` and `count`.
     """
@@ -77,6 +78,7 @@ class Data(_Section):
     channels: Literal[1, 3] | None = None
     labels: bool = True
     crop: Literal["center", "pad", "stretch"] = "center"
+    cut: PositiveInt | None = None
     flip: bool = False
     skip_corrupt: bool = False
     download: bool = False
