@@ -467,7 +467,9 @@ def test_the_shape_learns_to_vary_less_while_the_ends_learn_the_bound(learned):
         for p in (schedule.w2, schedule.b2, schedule.w3):
             p.normal_()
     draws, denoiser = Draws(0, 0, range(6)), score()
-    VariationalBound(schedule, four_hundred, shape="variance").terms(denoiser, images(), draws)["diffusion"].mean().backward()
+    VariationalBound(schedule, four_hundred, shape_by="variance").terms(denoiser, images(), draws)[
+        "diffusion"
+    ].mean().backward()
     found = {name: p.grad.clone() for name, p in schedule.named_parameters() if p.grad is not None}
     schedule.zero_grad()
     loss = VariationalBound(schedule, four_hundred).terms(denoiser, images(), draws)["diffusion"]
@@ -521,8 +523,8 @@ def test_the_running_excess_approaches_the_best():
     [
         ({"steps": 0}, ["`steps`", "0"]),
         ({"schedule": LogNormal()}, ["`schedule`", "finite"]),
-        ({"shape": "flat"}, ["`shape`", "'flat'"]),
-        ({"shape": "variance"}, ["Monotone"]),
+        ({"shape_by": "flat"}, ["`shape_by`", "'flat'"]),
+        ({"shape_by": "variance"}, ["Monotone"]),
         ({"reverse_variance": "optimal"}, ["`reverse_variance`", "`steps`"]),
         ({"reverse_variance": "wide"}, ["'wide'"]),
     ],

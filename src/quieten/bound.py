@@ -54,7 +54,7 @@ class VariationalBound(Objective):
         decoder: Reconstruction term.
         steps: Number T of steps; None is continuous time.
         encoder: From data to encoded data; the denoiser's process must then be `Encoded`.
-        shape: "bound" trains the inner shape of a `Shaped` schedule by the bound (which in continuous time does not depend
+        shape_by: "bound" trains the inner shape of a `Shaped` schedule by the bound (which in continuous time does not depend
             on it), "variance" by the square of the diffusion loss, so that its estimate varies less.
         reverse_variance: "equal" (to that of the posterior), or, for T steps, "optimal": widened by a running estimate of
             what makes the bound smallest, see `Widened`.
@@ -80,7 +80,7 @@ class VariationalBound(Objective):
         *,
         steps: int | None = None,
         encoder: Encoder | None = None,
-        shape: str = "bound",
+        shape_by: str = "bound",
         reverse_variance: str = "equal",
         momentum: float = 0.02,
         drop: Mapping[str, tuple[float, int | float]] | None = None,
@@ -89,11 +89,11 @@ class VariationalBound(Objective):
         super().__init__()
         if steps is not None and steps < 1:
             raise ValueError(f"`steps` must be at least 1, or None for continuous time (got {steps})")
-        if shape not in ("bound", "variance"):
-            raise ValueError(f"`shape` must be 'bound' or 'variance' (got {shape!r})")
-        if shape == "variance" and (steps is not None or not isinstance(schedule, Shaped)):
+        if shape_by not in ("bound", "variance"):
+            raise ValueError(f"`shape_by` must be 'bound' or 'variance' (got {shape_by!r})")
+        if shape_by == "variance" and (steps is not None or not isinstance(schedule, Shaped)):
             raise ValueError(
-                "`shape` 'variance' needs continuous time and a schedule with a shape of its own: Monotone(pinned=True)"
+                "`shape_by` 'variance' needs continuous time and a schedule with a shape of its own: Monotone(pinned=True)"
             )
         if reverse_variance not in ("equal", "optimal"):
             raise ValueError(f"`reverse_variance` must be 'equal' or 'optimal' (got {reverse_variance!r})")
@@ -101,7 +101,7 @@ class VariationalBound(Objective):
             raise ValueError("`reverse_variance` other than 'equal' makes the bound infinite in continuous time: give `steps`")
         _check_falling(schedule)
         self.schedule, self.decoder, self.steps, self.encoder = schedule, decoder, steps, encoder
-        self.shape, self.momentum, self.drop, self.lean = shape, momentum, dict(drop or {}), lean
+        self.shape_by, self.momentum, self.drop, self.lean = shape_by, momentum, dict(drop or {}), lean
         self.register_buffer("excess", torch.zeros(steps or 0, dtype=torch.float64) if reverse_variance == "optimal" else None)
         self.excess: Tensor | None
 
@@ -143,7 +143,7 @@ class VariationalBound(Objective):
     def _continuous(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Terms:
         u = self.schedule.draw(draws).to(batch.x0.device, level_dtype(batch.x0))
         shape: tuple[Tensor, ...] = ()
-        if self.shape == "variance" and isinstance(self.schedule, Shaped):
+        if self.shape_by == "variance" and isinstance(self.schedule, Shaped):
             shape = self.schedule.shape(u)
             lam, rate = self.schedule.along(*shape)
         else:
@@ -262,9 +262,9 @@ def _check_falling(schedule: Schedule) -> None:
                          f"(got {top:g} at u = 0, {bottom:g} at u = 1)")  # fmt: skip
 
 
-def continuous(shape: Literal["bound", "variance"] = "bound", lean: bool = False) -> dict[str, Any]:
+def continuous(shape_by: Literal["bound", "variance"] = "bound", lean: bool = False) -> dict[str, Any]:
     """The options of a bound in continuous time, for recipes."""
-    return {"shape": shape, "lean": lean}
+    return {"shape_by": shape_by, "lean": lean}
 
 
 def in_steps(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .bound import VariationalBound
     from .data import Dataset
     from .denoiser import Preconditioned
+    from .encoder import Encoder
     from .objective import Denoising, Objective
     from .process import Process
     from .schedule import Schedule
@@ -159,6 +160,7 @@ def load_data(recipe: Recipe, split: str = "train") -> Dataset:
         labels=data.labels,
         skip_corrupt=data.skip_corrupt,
         crop=data.crop,
+        cut=data.cut,
         data=data.folder,
         download=data.download,
     )
@@ -255,13 +257,19 @@ def build_bound(recipe: Recipe) -> VariationalBound:
     from .parts import build
     from .process import PROCESSES
 
-    kind, encoder = recipe.section("bound"), recipe.section("encoder")
+    kind = recipe.section("bound")
     options = {} if kind is None else build("bound", kind.kind, kind.options)
-    if encoder is not None:
-        options["encoder"] = build("encoder", encoder.kind, encoder.options, **_context(recipe))
     process, pictures = PROCESSES[recipe.model.process], len(recipe.data.shape or ()) == 3
     decoder = Flat(process) if pictures else Nearby(process)
-    return VariationalBound(build_schedule(recipe), decoder, drop=_drop(recipe), **options)
+    return VariationalBound(build_schedule(recipe), decoder, encoder=build_encoder(recipe), drop=_drop(recipe), **options)
+
+
+def build_encoder(recipe: Recipe) -> Encoder | None:
+    """The encoder of the section of that name, freshly initialised; None without."""
+    from .parts import build
+
+    encoder = recipe.section("encoder")
+    return None if encoder is None else build("encoder", encoder.kind, encoder.options, **_context(recipe))
 
 
 def _drop(recipe: Recipe) -> dict[str, tuple[float, int | float]]:

@@ -14,7 +14,7 @@ class Shaped(Schedule):
     r"""lam = lam_max + (lam_min - lam_max) f(u), where the shape f rises from f(0) = 0 to f(1) = 1.
 
     The variational bound in continuous time depends on the schedule only through its ends. The shape decides how much the
-    bound's estimate varies: see `VariationalBound(shape="variance")`.
+    bound's estimate varies: see `VariationalBound(shape_by="variance")`.
 
     Arguments:
         lam_max: Log-SNR at u = 0.

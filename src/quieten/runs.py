@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
@@ -19,17 +19,34 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .config import Recipe, build_denoiser, build_objective, parse_recipe
+from .config import Recipe, build_denoiser, build_encoder, build_objective, build_schedule, parse_recipe
 from .denoiser import Preconditioned
 from .files import sync_folder, write_atomic, writing
 from .objective import Update
 
-__all__ = ["Checkpoint", "Run", "build_update", "export", "load", "load_with_recipe", "packed", "restore"]
+if TYPE_CHECKING:
+    from .encoder import Encoder
+    from .schedule import Schedule
+
+__all__ = [
+    "Checkpoint",
+    "Companions",
+    "Run",
+    "build_update",
+    "export",
+    "load",
+    "load_companions",
+    "load_with_recipe",
+    "packed",
+    "restore",
+]
 
 ZOO = Path(__file__).parent / "zoo"
 WEIGHTS = ("model", "ema")
-PREFIX = "denoiser."
-"""Weights of a run are those of its `Update`; what belongs to the denoiser begins so."""
+PREFIX, BESIDE = "denoiser.", "objective."
+"""Weights of a run are those of its `Update`; what belongs to the denoiser begins with the one, the rest with the other."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,21 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What is trained beside a denoiser, in evaluation mode.
+
+    Attributes:
+        schedule: The curve of levels; as the recipe has it where it is not learned.
+        encoder: The encoder of the bound; None without.
+        excess: Relative excess of the reverse variance for each of the bound's steps, see `bound.Widened`; None without.
+    """
+
+    schedule: Schedule
+    encoder: Encoder | None = None
+    excess: Tensor | None = None
 
 
 class Run:
@@ -117,16 +149,23 @@ class Run:
         Raises:
             ValueError: If there are no weights yet, or they are damaged or of another architecture.
         """
+        file, tensors = self._tensors(weights)
+        denoiser = _fresh(lambda: build_denoiser(self.recipe))
+        restore(denoiser, _under(PREFIX, tensors), file)
+        return denoiser.to(device).eval().requires_grad_(False)
+
+    def companions(self, weights: str = "ema", device: torch.device | str = "cpu") -> Companions:
+        """What was trained beside the denoiser; arguments and errors as in `denoiser`."""
+        file, tensors = self._tensors(weights)
+        return _companions(self.recipe, tensors, file, device)
+
+    def _tensors(self, weights: str) -> tuple[Path, dict[str, Tensor]]:
         if weights not in WEIGHTS:
             raise ValueError(f"`weights` must be 'ema' or 'model' (got {weights!r})")
         file = self.path / f"{weights}.safetensors"
         if not file.is_file():
             raise ValueError(f"{self.path} has no {file.name} yet: train it first with `quieten train`")
-        tensors, _ = read_tensors(file)
-        denoiser = _fresh(lambda: build_denoiser(self.recipe))
-        own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-        restore(denoiser, own, file)
-        return denoiser.to(device).eval().requires_grad_(False)
+        return file, read_tensors(file)[0]
 
     # -- checkpoints
 
@@ -233,21 +272,22 @@ def load(path_or_name: str | Path, weights: str = "ema", device: torch.device | 
     return load_with_recipe(path_or_name, weights, device)[0]
 
 
+def load_companions(path_or_name: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> Companions:
+    """What was trained beside the denoiser that `load` returns; arguments and errors as there."""
+    file = _file_of(path_or_name)
+    if file is None:
+        return Run.open(path_or_name).companions(weights, device)
+    return _companions(_recipe_in(file), read_tensors(file)[0], file, device)
+
+
 def load_with_recipe(
     path_or_name: str | Path, weights: str = "ema", device: torch.device | str = "cpu"
 ) -> tuple[Preconditioned, Recipe]:
     """As `load`, with the recipe, which knows the classes and how to sample."""
-    name = str(path_or_name)
-    if name.startswith("zoo:"):
-        file = ZOO / f"{name.removeprefix('zoo:')}.safetensors"
-        if not file.is_file():
-            names = sorted(path.stem for path in ZOO.glob("*.safetensors"))
-            raise ValueError(f"no model {name!r} comes with the library (known: {', '.join(names) or 'none'})")
+    file = _file_of(path_or_name)
+    if file is not None:
         return _exported(file, device)
-    path = Path(path_or_name).expanduser()
-    if path.is_file() and path.suffix == ".safetensors":
-        return _exported(path, device)
-    run = Run.open(path)
+    run = Run.open(path_or_name)
     return run.denoiser(weights, device), run.recipe
 
 
@@ -257,15 +297,20 @@ def export(run: Run, path: str | Path, half: bool = True, weights: str = "ema") 
     Arguments:
         run: A trained run.
         path: The file, ending in .safetensors.
-        half: Store float32 weights as float16.
+        half: Store float32 weights of the denoiser as float16.
         weights: "ema" or "model".
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` must end in .safetensors (got {path})")
-    tensors = run.denoiser(weights).state_dict()
+    _, everything = run._tensors(weights)
+    beside = {name: tensor for name, tensor in everything.items() if name.startswith(BESIDE)}
+    tensors = {**run.denoiser(weights).state_dict(), **beside}
     if half:
-        tensors = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor.half() if tensor.dtype == torch.float32 and not name.startswith(BESIDE) else tensor
+            for name, tensor in tensors.items()
+        }
     with writing(path):
         return write_atomic(path, packed(tensors, {"config": run.recipe.to_yaml()}))
 
@@ -315,14 +360,47 @@ def read_tensors(
 # ---- inside
 
 
-def _exported(file: Path, device: torch.device | str) -> tuple[Preconditioned, Recipe]:
-    tensors, metadata = read_tensors(file)
+def _file_of(path_or_name: str | Path) -> Path | None:
+    """The exported file that a name means; None for the folder of a run."""
+    name, path = str(path_or_name), Path(path_or_name).expanduser()
+    if name.startswith("zoo:"):
+        file = ZOO / f"{name.removeprefix('zoo:')}.safetensors"
+        if not file.is_file():
+            names = sorted(path.stem for path in ZOO.glob("*.safetensors"))
+            raise ValueError(f"no model {name!r} comes with the library (known: {', '.join(names) or 'none'})")
+        return file
+    return path if path.is_file() and path.suffix == ".safetensors" else None
+
+
+def _recipe_in(file: Path) -> Recipe:
+    _, metadata = read_tensors(file)
     if "config" not in metadata:
         raise ValueError(f"{file} holds no recipe in its metadata: name a run, or a file written by `export`")
-    recipe = parse_recipe(yaml.safe_load(metadata["config"]), str(file))
+    return parse_recipe(yaml.safe_load(metadata["config"]), str(file))
+
+
+def _exported(file: Path, device: torch.device | str) -> tuple[Preconditioned, Recipe]:
+    recipe, tensors = _recipe_in(file), read_tensors(file)[0]
     denoiser = _fresh(lambda: build_denoiser(recipe))
-    restore(denoiser, {n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items()}, file)
+    own = {n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items() if not n.startswith(BESIDE)}
+    restore(denoiser, own, file)
     return denoiser.to(device).eval().requires_grad_(False), recipe
+
+
+def _companions(recipe: Recipe, tensors: Mapping[str, Tensor], file: Path, device: torch.device | str) -> Companions:
+    def trained(module: M, prefix: str) -> M:
+        restore(module, _under(prefix, tensors), file)
+        return module.to(device).eval().requires_grad_(False)
+
+    schedule = trained(_fresh(lambda: build_schedule(recipe)), f"{BESIDE}schedule.")
+    encoder = _fresh(lambda: build_encoder(recipe))
+    return Companions(
+        schedule, None if encoder is None else trained(encoder, f"{BESIDE}encoder."), tensors.get(f"{BESIDE}excess")
+    )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _fresh(make: Any, seed: int = 0) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
+from .encoder import Encoder
 from .schedule import Schedule, Table
 from .wrap import Clip
 
@@ -38,6 +39,7 @@ class Source:
         image: Shape (C, H, W) of those images.
         table: The levels that the network was trained on, where they are a table.
         schedule: The curve of levels that the network was trained on, None where it is unknown.
+        encoder: What the bound of the network was trained with, None without.
         variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
     """
 
@@ -57,6 +59,7 @@ class Source:
     image: tuple[int, ...] | None = None
     table: Table | None = None
     schedule: Schedule | None = None
+    encoder: Encoder | None = None
     variances: tuple[Path, ...] = ()
 
     @property
@@ -97,20 +100,23 @@ def device_of(name: str | None) -> str:
 
 
 def _from_run(source: str, weights: str, device: str) -> Source:
-    from .config import Part, build_grid, build_schedule
-    from .runs import load_with_recipe
+    from .config import Part, build_grid
+    from .runs import load_companions, load_with_recipe
 
     path = Path(source).expanduser()
     if not path.exists() and (Path("runs") / source / "config.yaml").is_file():
         raise ValueError(f"no run in {source}: did you mean {Path('runs') / source}?")
     denoiser, recipe = load_with_recipe(source, weights, device)
+    beside = load_companions(source, weights, device)
     section, classes, shape = recipe.sample, recipe.data.classes, recipe.data.shape or ()
+
+    curve = beside.schedule.cpu()  # grids are made there
 
     def grid(steps: int, spacing: str | None) -> Tensor:
         if spacing is None or spacing == section.grid.kind:
-            return build_grid(recipe, steps)
+            return build_grid(recipe, steps, curve)
         part = Part(kind="karras") if spacing == "karras" else Part(kind="schedule", spacing=spacing)  # type: ignore[call-arg]
-        return build_grid(recipe.model_copy(update={"sample": section.model_copy(update={"grid": part})}), steps)
+        return build_grid(recipe.model_copy(update={"sample": section.model_copy(update={"grid": part})}), steps, curve)
 
     return Source(
         denoiser,
@@ -121,10 +127,11 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         steps=section.steps,
         transition=(section.transition.kind, section.transition.options),
         scale=section.scale if classes else 1.0,
-        clip=1.0 if len(shape) == 3 else None,  # vectors have any range
+        clip=1.0 if len(shape) == 3 and beside.encoder is None else None,  # vectors, and encoded data, have any range
         weights=weights if path.is_dir() else "exported",
-        table=_table(build_schedule(recipe)),
-        schedule=build_schedule(recipe),
+        table=_table(curve),
+        schedule=curve,
+        encoder=beside.encoder,
         variances=_variances(source, path),
     )
 
