@@ -237,3 +237,33 @@ def test_registered_parts_and_sections_take_options_and_context(monkeypatch: pyt
     assert build_objective(recipe).target is not None  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"`wieght` in the target 'mean': did you mean 'weight'\?"):
         toy_recipe("target={kind: mean, wieght: 1}")
+
+
+@pytest.mark.parametrize(
+    "time, schedule, lam, value",
+    [
+        ("null", "cosine", 4.0, -0.5),
+        ("log-sigma", "cosine", 4.0, -0.5),
+        ("{kind: log-sigma, scale: 1.0, offset: -0.6931471805599453}", "cosine", -2 * math.log(6.0), math.log(3.0)),  # VE's
+        ("schedule", "table", float(Table.from_betas(torch.linspace(1e-4, 0.02, 1000)).lam[37]), 37.0),
+        ("{kind: schedule, scale: 1.0}", "{kind: geometric, sigma_min: 0.01, sigma_max: 100}", 0.0, 0.5),
+        ("{kind: schedule, scale: 3999.0}", "{kind: cosine-table, steps_of_chain: 4000}", -60.0, 3999.0),
+    ],
+)
+def test_what_the_network_is_told_as_its_time(time: str, schedule: str, lam: float, value: float) -> None:
+    recipe = toy_recipe(f"model.time={time}", f"objective.schedule={schedule}")
+    denoiser, seen = build_denoiser(recipe), []
+    denoiser.net.register_forward_hook(lambda net, args, out: seen.append(args[1]))
+    x = torch.zeros(2, 1, 8, 8)
+    denoiser(x, lam)
+    denoiser(x, torch.full((2,), lam, dtype=torch.float64))
+    for t in seen:
+        torch.testing.assert_close(t, torch.full((2,), value), rtol=1e-5, atol=1e-5)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml()), "copy").model.time == recipe.model.time
+
+
+def test_the_cosine_chain_is_that_of_the_official_code(golden) -> None:
+    arrays = golden("ocm_schedule")
+    recipe = toy_recipe("objective.schedule=cosine-table")
+    expected = torch.logit(torch.from_numpy(arrays["cosine_1000_cum_alphas"][1:]))
+    torch.testing.assert_close(build_schedule(recipe).lam, expected, rtol=1e-9, atol=1e-9)

@@ -206,7 +206,10 @@ def build_denoiser(recipe: Recipe) -> Preconditioned:
     sigma_data = 0.5 if model.form == "edm" and model.sigma_data is None else model.sigma_data
     form = edm_form(sigma_data) if model.form == "edm" and sigma_data else model.form
     kind = Separated if split else Preconditioned
-    return kind(net, process, form, lambda lam: -scale * lam, sigma_data=sigma_data, shape=recipe.data.shape)
+    embed = lambda lam: -scale * lam  # noqa: E731
+    if model.time is not None:
+        embed = build("time", model.time.kind, model.time.options, schedule=build_schedule(recipe))
+    return kind(net, process, form, embed, sigma_data=sigma_data, shape=recipe.data.shape)
 
 
 def _process(recipe: Recipe) -> tuple[Process, bool]:

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create
 from pydantic.errors import PydanticSchemaGenerationError
 from torch import Tensor
 
+from .denoiser import cosine_table
 from .objective import Weighting, edm_weighting, min_snr
 from .samplers import SAMPLERS
-from .schedule import Schedule, Table, karras
+from .schedule import Linear, Schedule, Table, karras
 
 __all__ = ["PARTS", "Builder", "build", "check_options", "explain", "nearest", "register"]
 
@@ -42,6 +43,8 @@ PARTS: dict[str, dict[str, str | Builder]] = {
     },
     "schedule": {
         "cosine": "schedule:Cosine",
+        "cosine-table": "parts:cosine_chain",
+        "geometric": "parts:geometric",
         "linear": "schedule:Linear",
         "linear-beta": "schedule:LinearBeta",
         "lognormal": "schedule:LogNormal",
@@ -50,6 +53,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
         "rectified": "schedule:Rectified",
         "table": "parts:beta_table",
     },
+    "time": {"log-sigma": "parts:time_of_sigma", "schedule": "parts:time_of_schedule"},
     "weighting": {
         **{name: functools.partial(_itself, name) for name in ("simple", "x0", "v", "flow", "likelihood")},
         "edm": "parts:weigh_edm",
@@ -58,7 +62,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
     "objective": {"denoising": "config:build_denoising", "bound": "config:build_bound"},
     "bound": {"continuous": "bound:continuous", "steps": "bound:in_steps"},
     "encoder": {"contraction": "encoders:contraction", "compact": "encoders:compact", "published": "encoders:published"},
-    "augment": {"edm": "augment:EDMAugment"},
+    "augment": {"edm": "augment:EDMAugment", "dihedral": "augment:Dihedral"},
     "target": {"stable": "target:from_recipe"},
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
     "transition": {name: entry.make for name, entry in SAMPLERS.items()},
@@ -186,6 +190,30 @@ def beta_table(
     power = 1.0 if curve == "linear" else 0.5
     betas = torch.linspace(beta_start**power, beta_end**power, steps_of_chain, dtype=torch.float64) ** (1.0 / power)
     return Table.from_betas(betas)
+
+
+def cosine_chain(steps_of_chain: int = 1000, max_beta: float = 0.999, offset: float = 0.008) -> Table:
+    """The discrete cosine chain of Improved DDPM; see `denoiser.cosine_table`."""
+    return cosine_table(steps_of_chain, max_beta, offset)
+
+
+def geometric(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Linear:
+    """sigma / alpha geometric in u, so that the log-SNR is linear: the levels of the VE diffusion."""
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"`sigma_min` must lie in (0, sigma_max) (got {sigma_min}, {sigma_max})")
+    return Linear(-2.0 * math.log(sigma_min), -2.0 * math.log(sigma_max))
+
+
+def time_of_sigma(scale: float = 0.25, offset: float = 0.0) -> Callable[[Tensor], Tensor]:
+    """scale ln(sigma / alpha) + offset: EDM's by default; scale 1 and offset -ln 2 are VE's."""
+    return lambda lam: offset - 0.5 * scale * lam
+
+
+def time_of_schedule(schedule: Schedule, scale: float = 999.0) -> Callable[[Tensor], Tensor]:
+    """scale u, u in [0, 1] the place on the training curve: the index of a chain of 1,000, or 999 t of the VP diffusion."""
+    if isinstance(schedule, Table) and scale == len(schedule) - 1:
+        return schedule  # its index, which needs no tensors in the sampling loop
+    return lambda lam: scale * schedule.inverse(lam)
 
 
 def weigh_edm(sigma_data: float = 0.5) -> Weighting:

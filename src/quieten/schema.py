@@ -93,7 +93,8 @@ class Model(_Section):
     Attributes:
         net: The network; its channels, size and classes are the data's.
         sigma_data: Standard deviation of the data in the input scaling, and of the form "edm"; None leaves the input alone.
-        time_scale: The network's time is -time_scale times the log-SNR.
+        time_scale: The network's time is -time_scale times the log-SNR, unless `time` says otherwise.
+        time: Another time for the network: "log-sigma", or "schedule" for the index of a chain.
     """
 
     net: Annotated[Part, _of("net")] = Part(kind="unet")
@@ -101,6 +102,7 @@ class Model(_Section):
     form: Literal["v", "eps", "x0", "flow", "edm"] = "v"
     sigma_data: PositiveFloat | None = None
     time_scale: float = 0.125
+    time: Annotated[Part | None, BeforeValidator(lambda value: None if value is None else _part("time", value))] = None
 
 
 class ObjectiveSection(_Section):
@@ -204,5 +206,5 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
-_BUILT_IN = {"net", "schedule", "weighting", "objective", "grid"}
+_BUILT_IN = {"net", "time", "schedule", "weighting", "objective", "grid"}
 """Parts that sections above name; the others are sections themselves."""
