@@ -48,7 +48,13 @@ class Move(NamedTuple):
 
 
 class Scheme(ABC):
-    """What happens around the denoiser's move: something before it, at x_t, and something after it, at x_s."""
+    """What happens around the denoiser's move: something before it, at x_t, and something after it, at x_s.
+
+    Attributes:
+        early: Whether the denoiser sees a state that was kicked in this step.
+    """
+
+    early = False
 
     @abstractmethod
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
@@ -74,19 +80,21 @@ class Lie(Scheme):
     """One kick over the whole step: "BA" before the denoiser's move, "AB" after it."""
 
     def __init__(self, kick: Kick, order: str):
-        self.kick, self.first = kick, order == "BA"
+        self.kick, self.early = kick, order == "BA"
 
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
-        if self.first:
+        if self.early:
             x, held = self.kick(force, x, move.lam_t, move.span, held)
         return x, force.denoiser, held
 
     def after(self, force: Force, x: Tensor, move: Move, carried: Any) -> tuple[Tensor, Any]:
-        return (x, carried) if self.first else self.kick(force, x, move.lam_s, move.span, carried)
+        return (x, carried) if self.early else self.kick(force, x, move.lam_s, move.span, carried)
 
 
 class Strang(Scheme):
     """Half a kick before the denoiser's move and half a kick after it."""
+
+    early = True
 
     def __init__(self, kick: Kick, second_coef: str):
         self.kick, self.midpoint = kick, second_coef == "midpoint"
@@ -106,6 +114,8 @@ class Strang(Scheme):
 
 class Merged(Scheme):
     """Strang's halves at the same level as one kick: the gradient after a move serves the kick before the next one too."""
+
+    early = True
 
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
         g = force.gradient(x, move.lam_t) if held is None else held
@@ -260,16 +270,7 @@ class Split(Transition):
         memory = Memory() if memory is None else memory
         if lam_s == lam_t:
             return Step(Gaussian(x_t), memory=memory)
-        if lam_t == math.inf:
-            raise ValueError(
-                "`lam_t` is +inf, where the ODE has no slope: start from a finite level (end the grid before +inf)"
-            )
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process.scales(lam_t), denoiser.process.scales(lam_s)
-        noise = alpha_t == 0.0 or lam_t == -math.inf
-        span = Span(math.inf, -math.inf) if noise else Span.between(lam_t, lam_s)
-        move = Move(lam_t, lam_s, alpha_t, sigma_t, alpha_s, sigma_s, span)
-        around: Scheme = _FromNoise() if noise else self._around
-        force = Force(self.guidance, denoiser, memory.steps, self._strength(denoiser, lam_t, lam_s))
+        around, force, move = self.parts(denoiser, lam_t, lam_s, memory.steps)
         x, model, carried = around.before(force, x_t, move, memory.kick)
         step = self.flow(model, x, lam_t, lam_s, memory.flow)
 
@@ -284,6 +285,26 @@ class Split(Transition):
             raise ValueError("`flow` is random and remembers steps, but kicks move the states it remembers: "
                              "give a random flow of order 1, such as Ancestral()")  # fmt: skip
         return Step(step.p, step.x0, Memory(memory.steps + 1, None, around.unseen(carried)), lambda drawn: after(drawn)[0])
+
+    def parts(self, denoiser: Denoiser, lam_t: float, lam_s: float, steps: int = 0) -> tuple[Scheme, Force, Move]:
+        """What a step is made of besides `flow`, for loops in which someone else calls the network.
+
+        Arguments:
+            denoiser: Unguided.
+            lam_t: Level of the state.
+            lam_s: Level of the next one.
+            steps: Taken so far.
+        """
+        if lam_t == math.inf:
+            raise ValueError(
+                "`lam_t` is +inf, where the ODE has no slope: start from a finite level (end the grid before +inf)"
+            )
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process.scales(lam_t), denoiser.process.scales(lam_s)
+        noise = alpha_t == 0.0 or lam_t == -math.inf
+        span = Span(math.inf, -math.inf) if noise else Span.between(lam_t, lam_s)
+        move = Move(lam_t, lam_s, alpha_t, sigma_t, alpha_s, sigma_s, span)
+        force = Force(self.guidance, denoiser, steps, self._strength(denoiser, lam_t, lam_s))
+        return _FromNoise() if noise else self._around, force, move
 
     def _strength(self, denoiser: Denoiser, lam_t: float, lam_s: float) -> float:
         """What a kick counts for beside a random move: the share of a change of x0 in its kernel, over that in DDIM's."""
