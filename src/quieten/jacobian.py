@@ -58,7 +58,7 @@ def product(
         The Gaussian, what else `look` answered, and the product (B, *); all detached.
     """
     if how == "jvp":
-        tangent = torch.func.jvp(lambda z: look(z)[0].mean, (x,), (v,))[1].detach()
+        tangent = torch.func.jvp(lambda z: look(z)[0].mean, (x.contiguous(),), (v.contiguous(),))[1].detach()
         with torch.no_grad():
             return *look(x), tangent
     if how == "fd":
