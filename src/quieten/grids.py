@@ -148,14 +148,11 @@ def shortest_path(F: Tensor, edges: int) -> tuple[Tensor, float]:
     if F.ndim != 2 or F.shape[1] != M or not 1 <= edges < M:
         raise ValueError(f"`F` must be (M, M) and `edges` between 1 and M - 1 (got {tuple(F.shape)} and {edges})")
     F = _upward(F)
-    rows = [torch.full((M,), math.inf, dtype=torch.float64)]
-    rows[0][0] = 0.0
-    for k in range(1, edges):
-        rows.append(_bellman(F, rows[-1], first=k - 1, last=M - 1 - (edges - k)))
+    rows = _bellman(F, edges)
     path, cost = [M - 1], 0.0
     for k in reversed(range(edges)):
         n = path[-1]
-        sums = rows[k][k:n] + F[k:n, n]  # a node of k edges is at least the k-th
+        sums = rows[k, k:n] + F[k:n, n]  # a node of k edges is at least the k-th
         if not len(sums) or not bool(sums.min() < math.inf):
             raise ValueError(f"`F` has no path of {edges} edges with a finite cost (NaN, or too many +inf): measure it again")
         path.append(k + int(sums.argmin()))
@@ -164,7 +161,7 @@ def shortest_path(F: Tensor, edges: int) -> tuple[Tensor, float]:
     return torch.tensor(path), cost
 
 
-_BLOCK = 64  # rows of F that are added and reduced at once: the sums stay in cache
+_BLOCK = 128  # rows of F that are added and reduced at once: the sums stay in cache
 
 
 def _upward(F: Tensor) -> Tensor:
@@ -176,13 +173,26 @@ def _upward(F: Tensor) -> Tensor:
     return F
 
 
-def _bellman(F: Tensor, row: Tensor, first: int, last: int) -> Tensor:
-    """min over s of row[s] + F[s, n], for n up to `last`; nodes before `first` have not been reached."""
-    out = torch.full_like(row, math.inf)
-    for s in range(first - first % _BLOCK, last, _BLOCK):
-        rows, columns = slice(s, min(s + _BLOCK, last)), slice(s + 1, last + 1)
-        torch.minimum(out[columns], (row[rows, None] + F[rows, columns]).amin(0), out=out[columns])
-    return out
+def _bellman(F: Tensor, edges: int) -> Tensor:
+    """Cost of the cheapest path to each node with 0 to edges - 1 edges: (edges, M).
+
+    Block by block of s, and for each block all numbers of edges: a block is read from memory once, and its own nodes are
+    complete for k edges when those for k + 1 are computed.
+    """
+    M = len(F)
+    rows = F.new_full((edges, M), math.inf)
+    rows[0, 0] = 0.0
+    scratch = F.new_empty(_BLOCK * M)
+    for s in range(0, M - 1, _BLOCK):
+        for k in range(1, edges):
+            end, stop = min(s + _BLOCK, M - 1), M - (edges - k)  # later nodes leave no room for the edges to come
+            if end < k or stop <= s + 1:  # not reached with k - 1 edges, or nothing to reach
+                continue
+            sums = scratch[: (end - s) * (stop - s - 1)].view(end - s, stop - s - 1)
+            torch.add(F[s:end, s + 1 : stop], rows[k - 1, s:end, None], out=sums)
+            out = rows[k, s + 1 : stop]
+            torch.minimum(out, sums.amin(0), out=out)
+    return rows
 
 
 def dp_vb(K: int, F: Tensor) -> tuple[Tensor, float]:
