@@ -47,7 +47,24 @@ def sample(
     seed: Annotated[int, typer.Option(help="Sample i of a seed is the same whatever -n and --batch.")] = 0,
     label: Annotated[str | None, typer.Option(help="A class by name or number, several by comma, or 'all' in turn.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text, for models that take it.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the recipe's.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Weight of --guide; without it, of classifier-free guidance, 1 for none.")
+    ] = None,
+    guide: Annotated[
+        str | None, typer.Option(help="A class, several by comma, or 'all'; or inpaint, colour, superres:K (K times larger).")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="Of noisy pictures, for --guide CLASS: a file of `quieten train-classifier`, zoo:NAME.")
+    ] = None,
+    measurement: Annotated[
+        Path | None, typer.Option(help="The picture to start from: with a hole, grey, or small. One of full size is measured.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture that is white where --guide inpaint draws. Default: transparent pixels.")
+    ] = None,
+    std: Annotated[
+        float | None, typer.Option(min=0, help="Noise of the measurement, whose values span [-1, 1]. Default: 0.02.")
+    ] = None,
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of ancestral noise, for samplers that have it.")
     ] = None,
@@ -70,12 +87,17 @@ def sample(
         quieten sample zoo:fashion-mnist --label Bag,Coat --scale 2 --steps 20 --transition heun
 
         quieten sample ./my-diffusers-model --steps 50 --transition ddim --npz samples.npz -n 1000
+
+        quieten sample zoo:fashion-mnist --guide Bag --scale 6 --steps 10
+
+        quieten sample zoo:fashion-mnist --guide superres:4 --measurement shoe.png -n 8
     """
     from ..commands.sample import sample as run
 
     run(
-        source, steps=steps, transition=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, eta=eta, clip=clip,
-        spacing=grid, out=out, npz=npz, batch=batch, weights=weights, device=device,
+        source, steps=steps, transition=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, guide=guide,
+        classifier=classifier, measurement=measurement, mask=mask, std=std, eta=eta, clip=clip, spacing=grid, out=out, npz=npz,
+        batch=batch, weights=weights, device=device,
     )  # fmt: skip
 
 
@@ -83,9 +105,12 @@ def sample(
 def samplers() -> None:
     """List the samplers that --transition knows."""
     from ..samplers import SAMPLERS
+    from ..splits import SPLITS
 
     for name, entry in SAMPLERS.items():
-        typer.echo(f"{name:12s} {entry.about}")
+        typer.echo(f"{name:15s} {entry.about}")
+    for name, scheme in SPLITS.items():
+        typer.echo(f"{name:15s} with --guide, {scheme.network} + {scheme.gradient} gradients a step: {scheme.about}")
 
 
 @app.command()

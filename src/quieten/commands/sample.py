@@ -6,7 +6,7 @@ import inspect
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import to_pixels
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
+from ..guidance import ClassifierFree, Guidance, Guided
 from ..progress import Progress
 from ..samplers import sampler
 from ..sampling import generate
 from ..source import Source, open_source
+from ..splits import SPLITS, split
 from ..transition import Transition
 from ..wrap import Clipped, Counted, Extrapolated
+from .guide import Guide, chosen, open_guide
 
 __all__ = ["sample"]
 
@@ -39,6 +43,11 @@ def sample(
     label: str | None = None,
     prompt: str | None = None,
     scale: float | None = None,
+    guide: str | None = None,
+    classifier: str | None = None,
+    measurement: Path | None = None,
+    mask: Path | None = None,
+    std: float | None = None,
     clip: bool | None = None,
     out: Path | None = None,
     npz: Path | None = None,
@@ -52,37 +61,65 @@ def sample(
     """
     opened = open_source(source, weights, device)
     steps = opened.steps if steps is None else steps
-    name, stepper, grid = _choose(opened, transition, steps, eta, spacing)
-    cond, columns = _conditions(opened, n, label, prompt)
-    scale = opened.scale if scale is None else scale
-    out, npz = _targets(opened, out, npz, f"{name}-{steps}-seed{seed}{_suffix(label, scale)}")
+    asked: dict[str, Any] = {"classifier": classifier, "measurement": measurement, "mask": mask, "std": std}
+    followed = _followed(opened, guide, n, scale, asked)
+    name, grid, build = _choose(opened, transition, steps, eta, spacing, followed)
+    cond, columns = _conditions(opened, n, label, prompt, followed)
+    scale = 1.0 if followed is not None else opened.scale if scale is None else scale
+    what = _suffix(label, scale) + ("" if followed is None else f"-{followed.words}")
+    out, npz = _targets(opened, out, npz, f"{name}-{steps}-seed{seed}{what}")
     counted = Counted(opened.denoiser)  # innermost: guidance asks it for two rows a sample
-    model = _clipped(opened, clip, _guided(opened, counted, scale, cond))
+    plan = _plan(opened, counted, clip, scale, cond, followed, name, build)
     started = time.perf_counter()
-    with Progress(n, 0, "sampling") as progress:
-        x = generate(model, n, grid=grid, transition=stepper, cond=cond, batch=batch, seed=seed, progress=progress.update)
+    x = torch.cat(list(_chunks(plan, n, batch, grid, cond, seed)))
     images = _decoded(opened, x, batch)
     seconds = time.perf_counter() - started
-    _write(images, out, npz, cond.get("label"), columns)
+    seen = None if followed is None or followed.seen is None else to_pixels(followed.seen)
+    labels = followed.classes if followed is not None and followed.classes is not None else cond.get("label")
+    _write(images, out, npz, labels, columns, seen)
+    first = "; the first picture is what was measured" if out and seen is not None else ""
     print(f"{' and '.join(str(path) for path in (out, npz) if path)}: {n} samples, {name} in {steps} steps, seed {seed}, "
-          f"{opened.weights} weights")  # fmt: skip
-    print(f"{counted.rows / n:g} network evaluations a sample (NFE){', two a step for guidance' if scale != 1 else ''}; "
+          f"{opened.weights} weights{first}")  # fmt: skip
+    twice = ", two a step for guidance" if scale != 1 else ""
+    gradients = "" if followed is None or not followed.gradients[0] else f" and {followed.gradients[0] / n:g} gradients"
+    print(f"{counted.rows / n:g} network evaluations a sample (NFE){twice}{gradients}; "
           f"{n / seconds:.1f} images/s, {seconds:.1f} s")  # fmt: skip
 
 
 # ---- its parts
 
 
+Build = Callable[[Guidance | None], Transition]
+"""From the guidance of a chunk to what takes its steps."""
+
+Plan = Callable[[slice], tuple[Denoiser, Transition]]
+"""From the rows of a chunk to its denoiser, conditions free, and what takes its steps."""
+
+
+def _followed(source: Source, guide: str | None, n: int, scale: float | None, asked: Mapping[str, Any]) -> Guide | None:
+    """What --guide names, opened; without it, its options are refused."""
+    if guide is not None:
+        return open_guide(source, guide, n, scale=scale, **asked)
+    for option, value in asked.items():
+        if value is not None:
+            raise ValueError(f"`--{option} {value}` goes with --guide: say what to guide to, or leave it out")
+    return None
+
+
 def _choose(
-    source: Source, name: str | None, steps: int, eta: float | None, spacing: str | None
-) -> tuple[str, Transition, Tensor]:
-    """Name and transition of the sampler, and its grid: the source's own options hold while its sampler does."""
+    source: Source, name: str | None, steps: int, eta: float | None, spacing: str | None, guide: Guide | None
+) -> tuple[str, Tensor, Build]:
+    """Name of the sampler, its grid, and how to make it: the source's own options hold while its sampler does.
+
+    Classes guide by "strang" unless another is named, measurements by the source's own sampler.
+    """
     from ..parts import find
 
     own, options = source.transition
-    chosen = {**(options if name in (None, own) else {}), **({} if eta is None else {"eta": eta})}
-    name = name or own
-    if eta is not None and "eta" not in inspect.signature(find("transition", name)).parameters:
+    name = name or (own if guide is None or guide.measured else next(iter(SPLITS)))
+    chosen_options = {**(options if name == own else {}), **({} if eta is None else {"eta": eta})}
+    maker = SPLITS[name].make if name in SPLITS else find("transition", name)
+    if eta is not None and "eta" not in inspect.signature(maker).parameters:
         raise ValueError(f"`--eta {eta:g}` means nothing to the sampler {name!r}: leave it out")
     try:
         grid = source.grid(steps, spacing)
@@ -90,10 +127,21 @@ def _choose(
         if spacing is None:
             raise
         raise ValueError(f"`--grid {spacing}` does not suit this model, leave it out: {error}") from error
-    return name, *sampler(name, grid, **chosen)
+    if name in SPLITS:
+        return name, grid, lambda guidance: _split(name, guidance, chosen_options)
+    stepper, grid = sampler(name, grid, **chosen_options)
+    return name, grid, lambda guidance: stepper
 
 
-def _conditions(source: Source, n: int, label: str | None, prompt: str | None) -> tuple[dict[str, Any], int | None]:
+def _split(name: str, guidance: Guidance | None, options: Mapping[str, Any]) -> Transition:
+    if guidance is None:
+        raise ValueError(f"`--transition {name}` keeps guidance apart: give --guide, or --scale other than 1, or take another")
+    return split(name, guidance, **options)
+
+
+def _conditions(
+    source: Source, n: int, label: str | None, prompt: str | None, guide: Guide | None
+) -> tuple[dict[str, Any], int | None]:
     """The conditions of n samples, and how many columns the picture has when classes take turns."""
     if prompt is not None:
         if source.prompt is None:
@@ -103,27 +151,51 @@ def _conditions(source: Source, n: int, label: str | None, prompt: str | None) -
         return {name: value.expand(n, *value.shape[1:]) for name, value in source.prompt([prompt]).items()}, None
     if source.prompt is not None:
         raise ValueError("`--prompt` is missing: this model draws what a text says")
+    turns = guide.columns if guide is not None else None
     if not source.classes:
         if label is not None:
             raise ValueError(f"`--label {label}` needs a class-conditional model: leave it out, this one has no classes")
-        return {}, None
-    words = [] if label in (None, "all") else str(label).split(",")
-    chosen = [_class(source.classes, word.strip()) for word in words] or list(range(len(source.classes)))
-    columns = len(chosen) if 2 <= len(chosen) <= min(16, n) else None
-    return {"label": torch.tensor(chosen, dtype=torch.int64).repeat(-(-n // len(chosen)))[:n]}, columns
+        return {}, turns
+    if label is None and guide is not None and "label" in source.null:  # the guide alone says what to draw
+        return {"label": torch.full((n,), int(source.null["label"]), dtype=torch.int64)}, turns
+    if label is None and guide is not None and guide.classes is not None and guide.names == source.classes:
+        return {"label": guide.classes}, turns
+    chosen_label, columns = chosen(source.classes, label, n, "label")
+    return {"label": chosen_label}, turns or columns
 
 
-def _class(classes: tuple[str, ...], word: str) -> int:
-    from ..parts import nearest
+def _plan(
+    source: Source, counted: Counted, clip: bool | None, scale: float, cond: Mapping[str, Any],
+    guide: Guide | None, name: str, build: Build,
+) -> Plan:  # fmt: skip
+    """The denoiser and the transition of each chunk: joint guidance is in the one, split guidance in the other."""
+    if guide is None and name in SPLITS:
+        _guided(source, counted, scale, cond)  # refuses what cannot be guided
+        free = None if scale == 1.0 else ClassifierFree(scale, null=source.null)
+        transition = build(free)
+        return lambda rows: (_clipped(source, clip, counted), transition)
+    if guide is None:
+        model, transition = _clipped(source, clip, _guided(source, counted, scale, cond)), build(None)
+        return lambda rows: (model, transition)
+    plain = _clipped(source, clip, counted)  # the network's own estimate is clipped, the guided state is not
 
-    names = [name.lower() for name in classes]
-    if word.lower() in names:
-        return names.index(word.lower())
-    if word.isdecimal() and int(word) < len(classes):
-        return int(word)
-    shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    raise ValueError(f"`--label {word}` is no class of this model{nearest(word.lower(), names)}: give a number below "
-                     f"{len(classes)}, or a name ({shown})")  # fmt: skip
+    def plan(rows: slice) -> tuple[Denoiser, Transition]:
+        guidance = guide.make(rows)
+        return plain if name in SPLITS else Guided(plain, guidance), build(guidance)
+
+    return plan
+
+
+def _chunks(plan: Plan, n: int, batch: int, grid: Tensor, cond: Mapping[str, Any], seed: int) -> Iterator[Tensor]:
+    """The samples, a chunk at a time."""
+    with Progress(n, 0, "sampling") as progress:
+        for first in range(0, n, batch):
+            rows = slice(first, min(first + batch, n))
+            model, transition = plan(rows)
+            part = {key: value[rows] for key, value in cond.items()}
+            yield generate(model, rows.stop - first, grid=grid, transition=transition, cond=part, batch=batch, seed=seed,
+                           first=first)  # fmt: skip
+            progress.update(rows.stop)
 
 
 def _guided(source: Source, model: Denoiser, scale: float, cond: Mapping[str, Any]) -> Denoiser:
@@ -145,8 +217,6 @@ def _clipped(source: Source, wanted: bool | None, model: Denoiser) -> Denoiser:
 @torch.no_grad()
 def _decoded(source: Source, x: Tensor, batch: int) -> Tensor:
     """Pictures as bytes on the CPU, through the decoder of a latent model; what is no picture stays as it is."""
-    from ..data import to_pixels
-
     if source.decode is not None:
         return torch.cat([to_pixels(source.decode(part)).cpu() for part in x.split(batch)])
     return to_pixels(x).cpu() if source.draws_pictures else x.cpu()
@@ -180,12 +250,14 @@ def _target(option: str, path: Path, suffix: str) -> Path:
     return path
 
 
-def _write(images: Tensor, out: Path | None, npz: Path | None, label: Tensor | None, columns: int | None) -> None:
+def _write(
+    images: Tensor, out: Path | None, npz: Path | None, label: Tensor | None, columns: int | None, seen: Tensor | None
+) -> None:
     from ..plots import save_grid
 
     if out is not None:
         with writing(out):
-            save_grid(images, out, columns=columns)
+            save_grid(images if seen is None else torch.cat([seen, images]), out, columns=columns)
     if npz is not None:
         arrays: dict[str, Any] = {"images": images.numpy()} | ({} if label is None else {"labels": label.numpy()})
         buffer = io.BytesIO()
