@@ -152,6 +152,9 @@ class _Work:
 
     def with_references(self, level: float, n: int, truth: Tensor | None) -> dict[str, float]:
         """What n references do; the pairs are taken n at a time, so that each is among the references of its group."""
+        if n == 1:  # the example itself
+            stable = math.nan if truth is None else float(truth.square().sum(1).mean()) / self.elements
+            return {"stable": stable, "within": 0.0, "ess": 1.0, "largest": 1.0}
         sums = dict.fromkeys(("stable", "within", "ess", "largest"), 0.0)
         for group, start in enumerate(range(0, len(self.x0), n)):
             rows = slice(start, min(start + n, len(self.x0)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["diagnosis_png"]
 
-_PHASES = {1: "phase 1\none example", 2: "phase 2\nseveral compete", 3: "phase 3\nall average out"}
+_PHASES = {1: "one\nexample", 2: "several\ncompete", 3: "all\naverage"}
 
 
 def diagnosis_png(variance: TargetVariance, loss: NetworkLoss | None, density: Tensor | None, title: str) -> bytes:
@@ -56,8 +56,13 @@ def diagnosis_png(variance: TargetVariance, loss: NetworkLoss | None, density: T
 
 
 def _share(variance: TargetVariance, n: int) -> Tensor:
-    """The stable target's share of the plain one's variance, both from the same averages: never above 1."""
-    return variance.stable[n] / (variance.stable[n] + variance.within[n]).clamp(min=1e-300)
+    """The stable target's share of the plain one's variance, both from the same averages: never above 1.
+
+    NaN where there is next to none, and the share is that of a few rare examples.
+    """
+    plain = variance.stable[n] + variance.within[n]
+    seen = plain * variance.in_eps
+    return torch.where(seen > 1e-3 * seen.max(), variance.stable[n] / plain, torch.nan)
 
 
 def _style(axes: Axes, variance: TargetVariance, noise: Sequence[float]) -> None:
@@ -84,22 +89,24 @@ def _variances(axes: Axes, variance: TargetVariance, noise: Sequence[float], den
         place = [s for s, p in zip(noise, variance.phases, strict=True) if p == phase]
         if place:
             centre = (min(place) * max(place)) ** 0.5
-            axes.text(centre, 1.4 * top, words, ha="center", va="top", fontsize=9, color=INK, alpha=0.75, linespacing=1.15)
+            axes.text(centre, 1.4 * top, words, ha="center", va="top", fontsize=9.5, color=INK, alpha=0.8, linespacing=1.15)
     _finish(axes, r"variance of the target of $\epsilon$, per element")
 
 
 def _losses(axes: Axes, variance: TargetVariance, loss: NetworkLoss | None, noise: Sequence[float]) -> None:
     """The network's loss and its parts, in units of eps."""
     unit = variance.in_eps
+    values = variance.plain * unit
     axes.set_yscale("log")
-    axes.plot(noise, variance.plain * unit, color=INK, linewidth=2.2, label="irreducible (plain target's variance)")
     if loss is not None:
         axes.plot(noise, loss.loss * unit, color=COLOURS[0], marker="o", markersize=3.5, label="network's loss")
         axes.plot(noise, loss.gap * unit, color=COLOURS[4], linestyle="--", label="gap: loss less the irreducible part")
-        axes.set_ylim(bottom=float((torch.minimum(loss.gap, loss.loss) * unit).clamp(min=1e-9).min()) / 3)
-    _finish(axes, r"squared error of $\epsilon$, per element")
+        values = torch.cat([loss.loss * unit, loss.gap * unit])
+    axes.plot(noise, variance.plain * unit, color=INK, linewidth=2.2, label="irreducible: variance of the plain target")
+    axes.set_ylim(max(1e-7, float(values.clamp(min=1e-12).min()) / 2), 3 * float(values.max()))
+    _finish(axes, r"squared error of $\epsilon$, per element", "upper right")
 
 
-def _finish(axes: Axes, label: str) -> None:
+def _finish(axes: Axes, label: str, place: Literal["best", "upper right"] = "best") -> None:
     axes.set_ylabel(label, color=INK, fontsize=11)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="best")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc=place)
