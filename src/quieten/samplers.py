@@ -18,7 +18,7 @@ from .plms import PLMS, PNDM
 from .schedule import LinearBeta, churned, corrected
 from .sde import EulerMaruyama
 from .solver import RK2, RK4, AdamsBashforth, Exponential, Heun
-from .transition import Ancestral, Churn, Langevin, Transition
+from .transition import Ancestral, Churn, Hushed, Langevin, Transition
 
 __all__ = ["SAMPLERS", "Sampler", "churn", "ends", "euler_maruyama", "predictor_corrector", "sampler"]
 
@@ -32,12 +32,14 @@ class Sampler:
         about: One line for people.
         regrid: What it does to a rising grid first (levels to churn or to correct at).
         variance: Name of the fitted variance that it needs, see `quieten.variance`.
+        around: What is put around the transition, given its grid.
     """
 
     make: Callable[..., Transition]
     about: str
     regrid: Callable[[Tensor], Tensor] = lambda grid: grid
     variance: str | None = None
+    around: Callable[[Transition, Tensor], Transition] = lambda transition, grid: transition
 
 
 def churn(s_noise: float = 1.003) -> Churn:
@@ -72,8 +74,18 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(partial(Ancestral, eta=0.0, spread=False), "deterministic, 1 evaluation a step"),
     "ddpm": Sampler(partial(Ancestral, eta=1.0, spread=False), "ancestral noise, small variance"),
     "ancestral": Sampler(Ancestral, "ancestral noise, with the variance that the denoiser reports"),
-    "ocm": Sampler(Ancestral, "ancestral noise, with the variance learned by `quieten variance fit`", variance="ocm"),
-    "ocm-ddim": Sampler(partial(Ancestral, eta=0.0), "DDIM, with the noise that the learned variance adds", variance="ocm"),
+    "ocm": Sampler(
+        Ancestral,
+        "ancestral noise, with the variance learned by `quieten variance fit`",
+        variance="ocm",
+        around=partial(Hushed, grey=2.0),  # as in the published evaluations
+    ),
+    "ocm-ddim": Sampler(
+        partial(Ancestral, eta=0.0),
+        "DDIM, with the noise that the learned variance adds",
+        variance="ocm",
+        around=partial(Hushed, grey=1.0),
+    ),
     "lanczos": Sampler(Lanczos, "ancestral noise with the full covariance, from Jacobian products: slow, nothing to fit"),
     "heun": Sampler(Heun, "EDM's second-order ODE solver, 2 evaluations a step"),
     "midpoint": Sampler(partial(RK2, alpha=0.5), "second-order Runge-Kutta, 2 evaluations a step"),
@@ -119,4 +131,7 @@ def sampler(name: str, grid: Tensor, **options: Any) -> tuple[Transition, Tensor
     from .parts import build
 
     transition = build("transition", name, options)
-    return transition, SAMPLERS[name].regrid(grid) if name in SAMPLERS else grid
+    if name not in SAMPLERS:
+        return transition, grid
+    grid = SAMPLERS[name].regrid(grid)
+    return SAMPLERS[name].around(transition, grid), grid
