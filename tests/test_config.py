@@ -90,7 +90,7 @@ def test_mistakes_are_named_in_one_line(override: str, message: str) -> None:
 
 
 def test_unknown_recipe_names_the_nearest_and_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'digits'\? \(known: digits, "):
+    with pytest.raises(ValueError, match=r"did you mean 'digits'\? \(known: .*digits, "):
         load_recipe("digitz")
     with pytest.raises(ValueError, match="cannot be read"):
         load_recipe(tmp_path / "none.yaml")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from quieten.dit import DiT
 from quieten.nets import MLP, Classifier, Embedding, Net, UNet
 from quieten.unet import adm, ddpm, ddpmpp, iddpm, ncsnpp
 
@@ -19,6 +20,7 @@ CASES = {
     "ddpm++": (lambda classes: ddpmpp(classes=classes, **TINY), (3, 8, 8)),
     "ncsn++": (lambda classes: ncsnpp(classes=classes, **TINY), (3, 8, 8)),
     "adm": (lambda classes: adm(classes=classes, **TINY | {"head_channels": 8}), (3, 8, 8)),
+    "dit": (lambda classes: DiT(size=8, width=16, depth=2, heads=2, classes=classes, detail=8), (4, 8, 12)),
     "unet-plain": (lambda classes: UNet(2, 8, 16, mult=(1,), attention=(), classes=classes), (2, 6, 5)),
 }
 

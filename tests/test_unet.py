@@ -10,6 +10,7 @@ from torch import Tensor
 from helpers import refuses, within
 from quieten.augment import LABELS
 from quieten.config import build_denoiser
+from quieten.dit import DiT, dit_b, dit_xl
 from quieten.parts import build
 from quieten.unet import LargeUNet, WaveEmbedding, _grow, _shrink, adm, ddpm, ddpmpp, iddpm, ncsnpp
 from test_nets import awake
@@ -32,6 +33,8 @@ PUBLISHED = {  # in millions, as far as the papers' digits go
     "DDPM for LSUN 256": (functools.partial(ddpm, size=256, mult=(1, 1, 2, 2, 4, 4)), 113.7),
     "iDDPM for CIFAR-10": (iddpm, 52.5),
     "iDDPM for ImageNet 64": (functools.partial(iddpm, size=64, mult=(1, 2, 3, 4), out_channels=6), 121.1),
+    "DiT-XL/2 for ImageNet 256": (functools.partial(dit_xl, classes=1000), 675.1),
+    "DiT-B/2 for ImageNet 256": (functools.partial(dit_b, classes=1000), 130.5),
     "ADM for ImageNet 64": (functools.partial(adm, size=64, classes=1000), 295.9),
 }
 
@@ -53,12 +56,11 @@ def test_edms_cifar_network_to_the_last_parameter() -> None:
 
 def test_full_size_shapes() -> None:
     with torch.device("meta"):
-        for make, _ in PUBLISHED.values():
-            net = make()
-            side = 8 * net.multiple
-            h = net.features(torch.empty(2, 3, side, side), torch.empty(2))
-            assert h.shape == (2, net.feature_channels, side, side)
-            assert net.head(h).shape == (2, net.out_channels, side, side)
+        for name in ("EDM, NCSN++ for CIFAR-10", "iDDPM for CIFAR-10", "ADM for ImageNet 64", "DiT-B/2 for ImageNet 256"):
+            net = PUBLISHED[name][0]()
+            h = net.features(torch.empty(2, net.channels, 32, 32), torch.empty(2))
+            assert h.shape == (2, net.feature_channels, 32, 32)
+            assert net.head(h).shape == (2, net.out_channels, 32, 32)
 
 
 @pytest.mark.parametrize("make", [ddpmpp, ncsnpp, adm, ddpm, iddpm], ids=["ddpm++", "ncsn++", "adm", "ddpm", "iddpm"])
@@ -143,6 +145,9 @@ def make_and_call(x: Tensor, **kwargs: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "call, pieces",
     [
+        (lambda: DiT(size=9), ("`size`", "9", "`patch`")),
+        (lambda: DiT(width=100, heads=7), ("`width`", "100", "`heads`")),
+        (lambda: DiT()(torch.zeros(2, 4, 7, 8), torch.zeros(2)), ("`x`", "(2, 4, 7, 8)", "divisible by 2")),
         (lambda: ddpmpp(size=30), ("`size`", "30", "divisible")),
         (lambda: ddpmpp(width=10), ("`width`", "10", "multiple of 4")),
         (lambda: ddpmpp(attention=(1,)), ("`attention`", "(1,)", "[32, 16, 8]")),

@@ -274,7 +274,8 @@ class _Session:
 
     def _preview(self) -> None:
         """A grid of samples of the averaged weights, from noise that is the same each time."""
-        if not self.is_main or len(self.data.shape) != 3 or not self.update.previews:
+        picture = len(self.data.shape) == 3 and self.data.shape[0] in (1, 3)  # latents are none
+        if not (self.is_main and picture and self.update.previews):
             return
         from .plots import save_grid
 

@@ -40,6 +40,9 @@ PARTS: dict[str, dict[str, str | Builder]] = {
         "ddpm++": "unet:ddpmpp",
         "ncsn++": "unet:ncsnpp",
         "adm": "unet:adm",
+        "dit": "dit:DiT",
+        "dit-b": "dit:dit_b",
+        "dit-xl": "dit:dit_xl",
     },
     "schedule": {
         "cosine": "schedule:Cosine",

@@ -165,12 +165,14 @@ class Sample(_Section):
         grid: Levels; see `build_grid`.
         transition: A name in `samplers.SAMPLERS`, with its options.
         scale: Strength of guidance without a classifier; 1 for none.
+        clip: Whether estimates of x0 are held in [-1, 1]; None does so for pictures.
     """
 
     steps: PositiveInt = 20
     grid: Annotated[Part, _of("grid")] = Part(kind="karras")
     transition: Annotated[Part, _of("transition")] = Part(kind="dpm++")
     scale: float = 1.0
+    clip: bool | None = None
 
 
 class Recipe(BaseModel):

@@ -118,6 +118,8 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         part = Part(kind="karras") if spacing == "karras" else Part(kind="schedule", spacing=spacing)  # type: ignore[call-arg]
         return build_grid(recipe.model_copy(update={"sample": section.model_copy(update={"grid": part})}), steps, curve)
 
+    # vectors, latents and encoded data have any range
+    pictures = len(shape) == 3 and shape[0] in (1, 3) and beside.encoder is None
     return Source(
         denoiser,
         grid,
@@ -127,7 +129,7 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         steps=section.steps,
         transition=(section.transition.kind, section.transition.options),
         scale=section.scale if classes else 1.0,
-        clip=1.0 if len(shape) == 3 and beside.encoder is None else None,  # vectors, and encoded data, have any range
+        clip=1.0 if (pictures if section.clip is None else section.clip) else None,
         weights=weights if path.is_dir() else "exported",
         table=_table(curve),
         schedule=curve,

@@ -50,7 +50,7 @@ class WaveEmbedding(Embedding):
         super().__init__(channels, classes, t_scale, frequencies)
         self.kind, self.augments = kind, augment
         if kind == "fourier":
-            self.register_buffer("frequency", 32 * math.pi * torch.randn(frequencies))
+            self.register_buffer("frequency", torch.empty(frequencies).normal_(0.0, 32 * math.pi))
         # without a bias, and zero at first: the network without augmentation is the same with all labels zero
         self.augment = zeroed(nn.Linear(augment, 2 * frequencies, bias=False)) if augment else None
 
