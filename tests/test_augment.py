@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import refuses, within
-from quieten.augment import LABELS, EDMAugment, _back, _warped, isometric, mirrored
+from quieten.augment import LABELS, Dihedral, EDMAugment, _back, _warped, isometric, mirrored
 from quieten.config import build_denoiser
 from quieten.feed import examples
 from quieten.noise import Noise
@@ -130,3 +130,21 @@ def test_the_feed_applies_what_the_recipe_says() -> None:
     assert torch.equal(batch.x0, expected)
     assert torch.equal(batch.cond["augment"], labels)
     assert batch.cond["label"].shape == (8,)
+
+
+def test_mirrors_and_turns_keep_pixels_and_say_what_they_did():
+    x = torch.arange(2 * 16, dtype=torch.float64).reshape(2, 4, 4).expand(4000, 2, 4, 4)
+    noise = Noise(0, range(4000))
+    moved, labels = Dihedral(0.5)(x, noise, 3)
+    assert torch.equal(moved.flatten(1).sort(1).values, x.flatten(1))
+    untouched = (moved == x).flatten(1).all(1)
+    assert torch.equal(untouched, ~labels.any(1))
+    within(0.03, abs(float(untouched.double().mean()) - (0.5 + 0.5 / 8)), "share left alone")
+    assert len({tuple(row.tolist()) for row in labels}) == 8
+    assert len({tuple(row.tolist()) for row in moved.flatten(1)}) == 8
+    again, _ = Dihedral(0.5)(x[:7], Noise(0, range(7)), 3)
+    assert torch.equal(again, moved[:7])
+    with refuses("square", "(1, 1, 2, 3)"):
+        Dihedral()(torch.zeros(1, 1, 2, 3), Noise(0, [0]), 0)
+    with refuses("`p`", "2"):
+        Dihedral(2)

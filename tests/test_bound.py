@@ -15,7 +15,7 @@ from helpers import refuses, within
 from quieten.bound import VariationalBound, Widened
 from quieten.decoders import Flat, Pixels
 from quieten.denoiser import Denoiser, Preconditioned
-from quieten.encoder import Contraction, Encoded, EncodedFlow, Encoder, Learned, Moving
+from quieten.encoder import Contraction, Encoded, EncodedFlow, Encoder, LearnedEncoder, Moving
 from quieten.gaussian import Gaussian, spread_over
 from quieten.learned import Monotone, Polynomial
 from quieten.noise import Draws
@@ -44,7 +44,7 @@ class Times(nn.Module):
 
 
 def encoder_of(k: float) -> Encoder | None:
-    return None if k == 1 else Contraction() if k == 0 else Learned(Times(k), bounded=False)
+    return None if k == 1 else Contraction() if k == 0 else LearnedEncoder(Times(k), bounded=False)
 
 
 class Optimal(Denoiser):
@@ -192,7 +192,7 @@ def test_a_fixed_excess_costs_in_proportion_to_the_steps():
 def test_t_steps_approach_continuous_time_at_first_order():
     torch.manual_seed(0)
     x, eps = torch.randn(64, 3, dtype=torch.float64), torch.randn(64, 3, dtype=torch.float64)
-    encoder = Learned(Stand(), bounded=False)
+    encoder = LearnedEncoder(Stand(), bounded=False)
     batch, denoiser = Batch(x, torch.arange(64), {}), Preconditioned(Score(), Encoded(VP), "v", lambda lam: -lam)
     u = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     continuous = VariationalBound(Linear(TOP, BOTTOM), flat_normal(1), encoder=encoder)
@@ -245,7 +245,7 @@ def four_values(step, x0: Tensor, z: Tensor, lam) -> Tensor:
 
 @pytest.mark.parametrize("name, total", [("none", 1.38629967), ("contraction", 1.41417353), ("learned", 1.39787141)])
 def test_totals_of_discrete_data(name, total):
-    encoder = {"none": None, "contraction": Contraction(), "learned": Learned(Curved(), bounded=False)}[name]
+    encoder = {"none": None, "contraction": Contraction(), "learned": LearnedEncoder(Curved(), bounded=False)}[name]
     bound = VariationalBound(Linear(8.0, -5.0), four_values, encoder=encoder)
     u, w = nodes(160)
     z, v = np.polynomial.hermite_e.hermegauss(120)
@@ -395,7 +395,7 @@ def four_hundred(step, x0, z, lam):
 
 def test_an_encoder_that_starts_as_the_identity_starts_as_none_at_all():
     draws = Draws(0, 0, range(6))
-    same = Learned(Times(0.0), id_at_zero=True)
+    same = LearnedEncoder(Times(0.0), id_at_zero=True)
     with_encoder = VariationalBound(Linear(TOP, BOTTOM), four_hundred, encoder=same)
     a = with_encoder.terms(score(Encoded(VP, "none")), images(), draws)
     b = VariationalBound(Linear(TOP, BOTTOM), four_hundred).terms(score(), images(), draws)
@@ -407,7 +407,7 @@ def test_an_encoder_that_starts_as_the_identity_starts_as_none_at_all():
 def test_the_contraction_is_the_learned_encoder_at_its_start(steps):
     draws = Draws(0, 0, range(6))
     bounds = [VariationalBound(Linear(TOP, BOTTOM), four_hundred, encoder=e, steps=steps)
-              for e in (Contraction(), Learned(Times(0.0)))]  # fmt: skip
+              for e in (Contraction(), LearnedEncoder(Times(0.0)))]  # fmt: skip
     a, b = (bound(score(Encoded(VP)), images(), draws) for bound in bounds)
     within(1e-12, (a - b).abs().max(), "difference")
 
@@ -440,7 +440,7 @@ def test_low_discrepancy_times_quieten_the_estimate(n, ratio):
 
 def test_lean_ends_have_the_same_mean():
     """Over all rotations of the batch the quarter that counts is every example in turn."""
-    batch, encoder = images(8), Learned(Stand(), bounded=False)
+    batch, encoder = images(8), LearnedEncoder(Stand(), bounded=False)
     full = VariationalBound(Linear(TOP, BOTTOM), four_hundred, encoder=encoder)
     lean = VariationalBound(Linear(TOP, BOTTOM), four_hundred, encoder=encoder, lean=True)
     draws = Draws(0, 0, range(8))
@@ -487,7 +487,7 @@ def test_the_shape_learns_to_vary_less_while_the_ends_learn_the_bound(learned):
 @pytest.mark.parametrize("n", [0, 1, 7])
 @pytest.mark.parametrize("steps", [None, 10])
 def test_any_batch(dtype, n, steps):
-    bound = VariationalBound(Linear(TOP, BOTTOM), four_hundred, steps=steps, encoder=Learned(Stand()))
+    bound = VariationalBound(Linear(TOP, BOTTOM), four_hundred, steps=steps, encoder=LearnedEncoder(Stand()))
     loss = bound(score(Encoded(VP)), images(n, dtype), Draws(0, 0, range(n), max(1, n)))
     assert loss.shape == (n,)
     assert loss.dtype == dtype
@@ -565,7 +565,7 @@ class Score(nn.Module):
 MODELS = {
     "vdm_eps": (None, VP, "eps"),
     "vdm_v": (None, VP, "v"),
-    "diffenc": (Learned(Stand(), bounded=False), Encoded(VP), "v"),
+    "diffenc": (LearnedEncoder(Stand(), bounded=False), Encoded(VP), "v"),
     "diffenc_nt": (Contraction(), Encoded(VP, trained=False), "v"),
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 from helpers import refuses, within
 from quieten.bound import VariationalBound
 from quieten.denoiser import Preconditioned
-from quieten.encoder import Contraction, Encoded, EncodedFlow, Learned, finite_rate
+from quieten.encoder import Contraction, Encoded, EncodedFlow, LearnedEncoder, finite_rate
 from quieten.gaussian import Gaussian, scalar, spread_over
 from quieten.nets import UNet
 from quieten.noise import Draws
@@ -47,7 +47,7 @@ OPTIONS = [{}, {"bounded": False}, {"scale": 0.5}, {"by_time": "rising"}, {"by_t
 @pytest.mark.parametrize("shape", [(3, 4, 4), (6,)])
 def test_the_rate_is_the_derivative_of_the_encoding(options, shape):
     x, lam = data(shape=shape)
-    encoder = Learned(Smooth(), **options)
+    encoder = LearnedEncoder(Smooth(), **options)
     x_t, rate = encoder.with_rate(x, lam)
     within(1e-15, (x_t - encoder(x, lam)).abs().max(), "one encoding")
     _, wanted = finite_rate(lambda level: encoder(x, level), lam, 1e-4)
@@ -65,19 +65,19 @@ def test_the_rate_of_the_contraction():
 def test_the_encoder_starts_and_ends_where_it_should():
     x, lam = data()
     far = torch.full_like(lam, 40.0)
-    within(1e-12, (Learned(Smooth())(x, far) - x).abs().max(), "clean data at high SNR")
-    zero = Learned(EncoderUNet(3, 4, 2, width=8, levels=1).double())
+    within(1e-12, (LearnedEncoder(Smooth())(x, far) - x).abs().max(), "clean data at high SNR")
+    zero = LearnedEncoder(EncoderUNet(3, 4, 2, width=8, levels=1).double())
     within(1e-15, (zero(x, lam) - Contraction()(x, lam)).abs().max(), "starts as the contraction")
-    same = Learned(EncoderUNet(3, 4, 2, width=8, levels=1).double(), id_at_zero=True)
+    same = LearnedEncoder(EncoderUNet(3, 4, 2, width=8, levels=1).double(), id_at_zero=True)
     within(1e-15, (same(x, lam) - x).abs().max(), "starts as the identity")
-    y = Learned(Smooth(), id_at_zero=True).y(x, lam)
+    y = LearnedEncoder(Smooth(), id_at_zero=True).y(x, lam)
     assert float(y.abs().max()) <= 1.0
-    assert float(Learned(Smooth(), scale=2.0).y(x, lam).abs().max()) <= 2.0
+    assert float(LearnedEncoder(Smooth(), scale=2.0).y(x, lam).abs().max()) <= 2.0
 
 
 def test_one_call_has_one_dropout_mask():
     x, lam = data(200)
-    encoder = Learned(Smooth(0.5), bounded=False).train()
+    encoder = LearnedEncoder(Smooth(0.5), bounded=False).train()
     torch.manual_seed(0)
     y, rate = encoder.y_with_rate(x, lam)
     dropped = y == 0
@@ -109,7 +109,7 @@ class Backward(nn.Module):
 
 def test_without_forward_mode_differences_stand_in_and_say_so():
     x, lam = data()
-    encoder = Learned(Backward(), bounded=False)
+    encoder = LearnedEncoder(Backward(), bounded=False)
     with pytest.warns(UserWarning, match="central differences"):
         _, rate = encoder.y_with_rate(x, lam)
     within(1e-4, (rate - torch.cos(x + spread_over(lam, x))).abs().max(), "rate")
@@ -129,7 +129,7 @@ def test_networks_have_a_forward_mode_that_trains(net):
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    encoder = Learned(module.eval())
+    encoder = LearnedEncoder(module.eval())
     x, lam = data(2, (3, 8, 8), torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -151,7 +151,7 @@ class Times(nn.Module):
 
 def test_a_group_per_channel_would_hide_the_level():
     with pytest.warns(UserWarning, match="fewer groups"):
-        Learned(nn.Sequential(nn.GroupNorm(4, 4)))
+        LearnedEncoder(nn.Sequential(nn.GroupNorm(4, 4)))
 
 
 @pytest.mark.parametrize("counterterm", ["sigma2", "none"])
@@ -187,9 +187,9 @@ def test_what_an_encoded_process_refuses():
     with refuses("split", "Ancestral()"):
         EncodedFlow()(Preconditioned(ScoreUNet(3, 8, 1), process), x.float(), -1.0, 1.0)
     with refuses("`by_time`"):
-        Learned(Smooth(), by_time="sideways")
+        LearnedEncoder(Smooth(), by_time="sideways")
     with refuses("shape", "(5, 1, 4, 4)"):
-        Learned(Narrow())(x, torch.zeros(5, dtype=torch.float64))
+        LearnedEncoder(Narrow())(x, torch.zeros(5, dtype=torch.float64))
 
 
 class Narrow(nn.Module):
@@ -221,7 +221,7 @@ def test_the_score_network_starts_as_its_input(n, attend):
 
 def test_the_bound_trains_encoder_and_denoiser_together():
     torch.manual_seed(0)
-    encoder = Learned(EncoderUNet(1, 8, 2, width=16, levels=2, dropout=0.1))
+    encoder = LearnedEncoder(EncoderUNet(1, 8, 2, width=16, levels=2, dropout=0.1))
     denoiser = Preconditioned(ScoreUNet(1, width=16, blocks=1, dropout=0.1), Encoded(VP), "v", lambda lam: -lam)
     bound = VariationalBound(Linear(13.3, -5.0), lambda *_: torch.zeros(32), encoder=encoder)
     optimizer = torch.optim.Adam([*encoder.parameters(), *denoiser.parameters()], lr=2e-3)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .noise import Noise
 
-__all__ = ["LABELS", "EDMAugment", "isometric", "mirrored"]
+__all__ = ["LABELS", "Dihedral", "EDMAugment", "isometric", "mirrored"]
 
 LABELS = ("x flip", "y flip", "scale", "cos turn - 1", "sin turn", "stretch x", "stretch y", "shift x", "shift y")
 """What the numbers of a label are. All zero is an untouched example: what to ask for when sampling."""
@@ -96,6 +96,51 @@ class EDMAugment:
 
     def __repr__(self) -> str:
         return f"EDMAugment(p={self.p})"
+
+
+class Dihedral:
+    """Mirrors and quarter turns, which change no pixel: with probability p, one of the eight, all equally likely.
+
+    Labels as those of `EDMAugment`; what VDM's network is told, whether there was a change, is whether any is not zero.
+
+    Arguments:
+        p: Probability of drawing one, 0 to 1.
+
+    Raises:
+        ValueError: If p is outside [0, 1].
+
+    References:
+        | Variational Diffusion Models (Kingma et al., 2021), section 6.1
+        | https://arxiv.org/abs/2107.00630
+    """
+
+    def __init__(self, p: float = 0.5):
+        if not 0 <= p <= 1:
+            raise ValueError(f"`p` must lie in [0, 1] (got {p}): it is the probability of a change")
+        self.p = p
+
+    def __call__(self, x0: Tensor, noise: Noise, step: int) -> tuple[Tensor, Tensor]:
+        """Changed examples (B, C, S, S) and labels (B, 9); arguments as in `EDMAugment`.
+
+        Raises:
+            ValueError: For images that are not square.
+        """
+        if x0.ndim != 4 or x0.shape[-1] != x0.shape[-2]:
+            raise ValueError(f"`augment` turns square images (B, C, S, S) (got shape {tuple(x0.shape)}): take another kind")
+        chosen = (noise.uniform(step, "augment which") * 8).floor().long()
+        chosen = torch.where(noise.uniform(step, "augment whether") < self.p, chosen, torch.zeros_like(chosen)).to(x0.device)
+        flip, quarters = chosen % 2, chosen // 2
+        labels = torch.zeros(len(x0), len(LABELS), device=x0.device)
+        labels[:, 0] = flip
+        labels[:, 3] = torch.tensor([0.0, -1.0, -2.0, -1.0], device=x0.device)[quarters]
+        labels[:, 4] = torch.tensor([0.0, 1.0, 0.0, -1.0], device=x0.device)[quarters]
+        x0 = mirrored(x0, labels)
+        for k in (1, 2, 3):
+            x0 = torch.where((quarters == k).view(-1, 1, 1, 1), x0.rot90(k, (-2, -1)), x0)
+        return x0, labels
+
+    def __repr__(self) -> str:
+        return f"Dihedral(p={self.p})"
 
 
 def isometric(labels: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ __all__ = [
     "Encoded",
     "EncodedFlow",
     "Encoder",
-    "Learned",
+    "LearnedEncoder",
     "Moving",
     "Separated",
     "finite_rate",
@@ -66,7 +66,7 @@ class Contraction(Encoder):
         return x_t, spread_over(torch.sigmoid(-lam), x) * x_t
 
 
-class Learned(Encoder):
+class LearnedEncoder(Encoder):
     r"""x_t = alpha^2 x + sigma^2 y(x, lam), with y from a network.
 
     The rate is :math:`\dot x_t = \sigma^2 (x_t - y + \dot y)`; the derivative of y comes from forward-mode differentiation of

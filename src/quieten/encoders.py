@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .encoder import Contraction, Encoder, Learned
+from .encoder import Contraction, Encoder, LearnedEncoder
 from .nets import UNet
 from .vdm_nets import EncoderUNet
 
@@ -43,9 +43,9 @@ def compact(
     by_time: Literal["rising", "falling"] | None = None,
     id_at_zero: bool = False,
 ) -> Encoder:
-    """A small `UNet` as the encoder's network, for small images and few processors; the other options as in `Learned`."""
+    """A small `UNet` as the encoder's network, for small images and few processors; other options as in `LearnedEncoder`."""
     net = UNet(channels, size, width, mult=mult, attention=())
-    return Learned(Timed(net), bounded=bounded, scale=scale, by_time=by_time, id_at_zero=id_at_zero)
+    return LearnedEncoder(Timed(net), bounded=bounded, scale=scale, by_time=by_time, id_at_zero=id_at_zero)
 
 
 def published(
@@ -64,7 +64,7 @@ def published(
     by_time: Literal["rising", "falling"] | None = None,
     id_at_zero: bool = False,
 ) -> Encoder:
-    """The paper's network, see `EncoderUNet`; the other options as in `Learned`."""
+    """The paper's network, see `EncoderUNet`; other options as in `LearnedEncoder`."""
     options: dict[str, Any] = {"lam_max": lam_max, "lam_min": lam_min}
     net = EncoderUNet(channels, size, blocks, width, levels, middle_groups, dropout, **options)
-    return Learned(net, bounded=bounded, scale=scale, by_time=by_time, id_at_zero=id_at_zero, **options)
+    return LearnedEncoder(net, bounded=bounded, scale=scale, by_time=by_time, id_at_zero=id_at_zero, **options)

@@ -20,7 +20,7 @@ class Times(Embedding):
     Arguments:
         width: Number of sines and cosines, even; the embedding has 4 width channels.
         ends: (lam_max, lam_min) of the schedule as configured; a learned one may leave [0, 1].
-        classes: As in `Embedding`. The published networks have one extra input, for a flag, which stays 0 without classes.
+        classes: As in `Embedding`.
         t_scale: lam = -t / t_scale: the network's time is -t_scale times the log-SNR.
     """
 
@@ -29,13 +29,24 @@ class Times(Embedding):
         self.ends = ends
         self.time = nn.Sequential(nn.Linear(width + 1, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
 
+    def forward(self, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Embedding (B, channels); the last input is 1 where any of the numbers `augment` (B, K) is not 0."""
+        flag = torch.zeros_like(t) if augment is None else (augment != 0).any(1).to(t)
+        waves = torch.cat([self.waves(t), flag.to(torch.promote_types(t.dtype, torch.float32))[:, None]], dim=1)
+        h = self.time(waves.to(next(self.time.parameters()).dtype))
+        if self.label is not None:
+            h = h + self.label(self.checked(label, t))
+        elif label is not None:
+            raise ValueError("`label` was given to a network without classes: build it with classes=N or drop the label")
+        return F.silu(h)
+
     def waves(self, t: Tensor) -> Tensor:
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         top, bottom = self.ends
         half = self.frequencies
         rates = torch.arange(half, dtype=t.dtype, device=t.device).mul(-math.log(1e4) / max(1, half - 1)).exp()
         angle = 1000.0 * ((top + t / self.t_scale) / (top - bottom))[:, None] * rates
-        return torch.cat([angle.sin(), angle.cos(), torch.zeros_like(angle[:, :1])], dim=1)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
@@ -136,8 +147,8 @@ class ScoreUNet(Net):
         self.out_norm = _norm(width)
         self.out = zeroed(nn.Conv2d(width, self.out_channels, 3, padding=1))
 
-    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        embedded = self.embed(per_example(t, x), label)
+    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        embedded = self.embed(per_example(t, x), label, augment)
         h = self.stem(fourier(x, self.powers))
         skips = [h]
         for block in self.down:
@@ -151,9 +162,12 @@ class ScoreUNet(Net):
     def head(self, h: Tensor) -> Tensor:
         return self.out(F.silu(self.out_norm(h)))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Output (B, out_channels, H, W): before training the input itself, in the channels that both have."""
-        out = self.head(self.features(x, t, label))
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Output (B, out_channels, H, W): before training the input itself, in the channels that both have.
+
+        `augment` (B, K) is what was done to the examples; the network is told whether anything was.
+        """
+        out = self.head(self.features(x, t, label, augment))
         if self.out_channels == self.channels:
             return out + x
         return out + F.pad(x, (0, 0, 0, 0, 0, self.out_channels - self.channels))

@@ -1,0 +1,104 @@
+"""Recipes of the bound: each one trains, at a width that fits a test, on stand-in pictures, and comes back from its folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import refuses, within
+from quieten.bound import VariationalBound
+from quieten.config import load_recipe, recipe_names, resolve, with_overrides
+from quieten.data import Dataset
+from quieten.fit import fit
+from quieten.runs import Run, export, load_companions
+from quieten.sampling import generate
+from quieten.source import open_source
+from quieten.transition import Ancestral
+from toy import toy_data, toy_recipe, toy_run
+
+NAMES = [name for name in recipe_names() if load_recipe(name).objective.kind == "bound"]
+SMALL = ["train.images=12", "train.batch=4", "train.preview_every=null", "train.save_minutes=null"]
+
+
+def pictures(channels: int, size: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset("stand-in", torch.randint(0, 256, (16, channels, size, size), generator=generator, dtype=torch.uint8), None, ())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_trains(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    grey = recipe.data.name == "fashion-mnist"
+    kind, encoder = recipe.model.net.kind, recipe.section("encoder")
+    smaller = ["model.net.width=16", *(["model.net.blocks=1"] if kind == "vdm" else [])]
+    if encoder is not None and encoder.kind != "contraction":
+        smaller += ["encoder.width=16", *(["encoder.blocks=2"] if encoder.kind == "published" else [])]
+    data = pictures(1, 28) if grey else pictures(3, 16)
+    run = Run.create(tmp_path / "run", resolve(with_overrides(recipe, [*SMALL, *smaller]), data))
+    assert fit(run, data=data).done
+    last = run.metrics()[-1]
+    within(1e-5 * last["loss"], abs(last["prior"] + last["reconstruction"] + last["diffusion"] - last["loss"]), "terms add up")
+    opened = open_source(str(run.path))
+    assert (opened.encoder is None) == (encoder is None)
+    grid = opened.grid(3, None)
+    assert grid[-1] == torch.inf
+    x = generate(opened.denoiser, 2, grid=grid, transition=Ancestral(), batch=2)
+    assert bool(x.isfinite().all())
+
+
+def test_there_is_a_recipe_for_every_published_setting() -> None:
+    wanted = {"vdm-8", "vdm-32", "diffenc-8-2", "diffenc-8-nt", "diffenc-32-2", "diffenc-32-4", "imagenet32-vdm-32",
+              "imagenet32-diffenc-32-8", "vdm-cifar10", "vdm-cifar10-augmented", "fashion-mnist-vdm",
+              "fashion-mnist-diffenc"}  # fmt: skip
+    assert wanted <= set(NAMES)
+
+
+@pytest.mark.parametrize("schedule", ["{kind: linear, learned: true}", "{kind: monotone, hidden: 8}", "polynomial"])
+@pytest.mark.parametrize("bound", ["continuous", "{kind: steps, steps: 10, reverse_variance: optimal}"])
+def test_what_is_learned_beside_the_denoiser_comes_back(schedule: str, bound: str, tmp_path: Path) -> None:
+    data = toy_data()
+    run = toy_run(tmp_path / "run", "objective.kind=bound", f"objective.schedule={schedule}", f"bound={bound}",
+                  "encoder={kind: compact, width: 8}", "train.images=32")  # fmt: skip
+    fit(run, data=data)
+    for companions in (run.companions("model"), load_companions(export(run, tmp_path / "x.safetensors", weights="model"))):
+        tensors = run.read().model  # type: ignore[union-attr]
+        for part, module in (("schedule", companions.schedule), ("encoder", companions.encoder)):
+            for name, value in module.state_dict().items():
+                assert torch.equal(value, tensors[f"objective.{part}.{name}"]), name
+        assert (companions.excess is None) == ("optimal" not in bound)
+        if companions.excess is not None:
+            assert torch.equal(companions.excess, tensors["objective.excess"])
+            assert bool((companions.excess > 0).any())
+
+
+def test_split_models_sample_their_flow(tmp_path: Path) -> None:
+    run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule=linear",
+                  "encoder={kind: compact, width: 8, counterterm: split}", "train.images=32")  # fmt: skip
+    fit(run, data=toy_data())
+    assert "mean" in run.metrics()[-1]
+    opened = open_source(str(run.path))
+    from quieten.encoder import EncodedFlow
+
+    for transition in (Ancestral(), EncodedFlow()):
+        grid = opened.grid(4, "uniform")
+        assert bool(generate(opened.denoiser, 2, grid=grid, transition=transition, cond={"label": 0}).isfinite().all())
+
+
+def test_sections_that_do_not_belong_together() -> None:
+    from quieten.config import build_denoiser
+
+    with refuses("`encoder`", "bound", "denoising"):
+        build_denoiser(toy_recipe("encoder=compact"))
+    with refuses("split", "sigma2"):
+        vectors = Dataset("v", torch.randn(8, 5), None, ())
+        build_denoiser(toy_recipe("objective.kind=bound", "model.net=mlp", "objective.schedule=linear",
+                                  "encoder={kind: compact, counterterm: split}", data=vectors))  # fmt: skip
+
+
+def test_vectors_have_a_bound_too(tmp_path: Path) -> None:
+    data = Dataset("v", torch.randn(16, 5), None, ())
+    run = toy_run(tmp_path / "run", "objective.kind=bound", "model.net=mlp", "objective.schedule=linear", "data.flip=false",
+                  "encoder=contraction", "train.images=32", data=data)  # fmt: skip
+    assert fit(run, data=data).done
+    assert isinstance(run.metrics()[-1]["reconstruction"], float)
+    assert VariationalBound.__doc__
