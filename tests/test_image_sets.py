@@ -105,7 +105,7 @@ def test_damaged_cifar_is_named(tmp_path: Path) -> None:
 # ---- ImageNet
 
 
-def imagenet(folder: Path, side: int = 8, compressed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def imagenet(folder: Path, side: int = 32, compressed: bool = False) -> tuple[np.ndarray, np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = noise(11, 5, 3, side, side), RNG.integers(1, 8, (11, 5))
     save = np.savez_compressed if compressed else np.savez
@@ -116,12 +116,12 @@ def imagenet(folder: Path, side: int = 8, compressed: bool = False) -> tuple[np.
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_imagenet_stays_on_the_disk(tmp_path: Path, compressed: bool) -> None:
-    images, labels = imagenet(tmp_path / "imagenet64", compressed=compressed)
-    train, test = load("imagenet64", data=tmp_path), load(tmp_path / "imagenet64", split="test")
-    flat, number = images[:10].reshape(-1, 3, 8, 8), labels[:10].reshape(-1) - 1
+    images, labels = imagenet(tmp_path / "imagenet32", compressed=compressed)
+    train, test = load("imagenet32", data=tmp_path), load(tmp_path / "imagenet32", split="test")
+    flat, number = images[:10].reshape(-1, 3, 32, 32), labels[:10].reshape(-1) - 1
     assert isinstance(train.images, MappedImages)
     assert all(isinstance(array, np.memmap) != compressed for array in map(base, train.images.arrays))
-    assert (len(train), train.shape, len(test)) == (50, (3, 8, 8), 5)
+    assert (len(train), train.shape, len(test)) == (50, (3, 32, 32), 5)
     assert np.array_equal(train.labels, number)
     index = torch.tensor([49, 0, 17, 17, 5])  # across files, out of order, twice
     x, label = train.batch(index)
@@ -131,7 +131,9 @@ def test_imagenet_stays_on_the_disk(tmp_path: Path, compressed: bool) -> None:
     assert torch.equal(part.images[torch.tensor([0, 1])], torch.from_numpy(flat[[20, 48]]))
     assert np.array_equal(data_module.to_pixels(train.all()), flat)
     with refuses("`size` and `channels`", "stays on the disk"):
-        load(tmp_path / "imagenet64", size=4)
+        load(tmp_path / "imagenet32", size=16)
+    with refuses("train_data_batch_1.npz", "32 x 32 pixels, not 64", "other size"):
+        load("imagenet64", data=tmp_path / "imagenet32")
 
 
 def base(array: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .idx import CLASSES, MIRRORS, class_names, find_idx, idx_file, read_idx
 from .image_sets import (
     SETS,
+    SIDES,
     MappedImages,
     find_set,
     held_out,
@@ -168,7 +169,7 @@ def load(
         - `fashion-mnist`, `mnist`: idx files, sought in `data`/NAME, `data`, $QUIETEN_DATA/NAME, /usr/share/datasets/NAME
           (Debian's dataset-fashion-mnist), the user's cache ~/.cache/quieten/NAME.
         - `emoji`: see `emoji`; every sixth is test.
-        - `cifar10` (the binary version), `imagenet64` (the npz files), `celeba`, `lsun-bedroom` (pictures), sought in the
+        - `cifar10` (binary version), `imagenet32`, `imagenet64` (npz files), `celeba`, `lsun-bedroom` (pictures), sought in the
           same places; CelebA's splits are those of list_eval_partition.txt where it lies beside the pictures.
     Paths:
         - a folder of idx files, named as MNIST's, plain or gzipped;
@@ -204,7 +205,7 @@ def load(
     elif is_cifar(path):
         whole = Dataset("cifar10", *read_cifar(path, split, labels))
     elif is_imagenet(path):
-        whole = Dataset(title or path.resolve().name, *read_imagenet(path, split, labels))
+        whole = Dataset(title or path.resolve().name, *read_imagenet(path, split, labels, SIDES.get(title or "")))
     elif path.is_dir() and any(idx_file(path, part, "images") for part in SPLITS):
         folder = path.resolve().name
         whole = Dataset(folder, *read_idx(path, split, labels, folder))

@@ -1,4 +1,4 @@
-"""The image sets of the papers, as they are handed out: CIFAR-10, ImageNet 64x64, CelebA, LSUN bedrooms."""
+"""The image sets of the papers, as they are handed out: CIFAR-10, small ImageNet, CelebA, LSUN bedrooms."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .pictures import SUFFIXES
 
 __all__ = [
     "SETS",
+    "SIDES",
     "MappedImages",
     "find_set",
     "held_out",
@@ -33,15 +34,21 @@ _ARCHIVE = "cifar-10-binary.tar.gz"
 
 SETS = {
     "cifar10": ("cifar-10-batches-bin", _ARCHIVE),
+    "imagenet32": ("Imagenet32_train", "Imagenet32"),
     "imagenet64": ("Imagenet64_train", "Imagenet64"),
     "celeba": ("img_align_celeba", "img_align_celeba.zip", "celeba.zip", "celeba-64x64.zip"),
     "lsun-bedroom": ("bedroom_train", "lsun-bedroom.zip"),
 }
 """Sets that are found by name -> what they may be called within the folders where data lie."""
 
+SIDES = {"imagenet32": 32, "imagenet64": 64}
+"""Sets of npz files -> the side of their images."""
+
 _WHERE_FROM = {
     "cifar10": f"get https://www.cs.toronto.edu/~kriz/{_ARCHIVE}",
-    "imagenet64": "get the npz files of Downsampled ImageNet 64x64 from https://image-net.org/download-images.php",
+    **dict.fromkeys(
+        ("imagenet32", "imagenet64"), "get the npz files of Downsampled ImageNet from https://image-net.org/download-images.php"
+    ),
     "celeba": "get img_align_celeba.zip from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     "lsun-bedroom": "export the bedroom_train images of https://github.com/fyu/lsun into a folder",
 }
@@ -75,7 +82,7 @@ def find_set(name: str, data: str | Path | None) -> Path:
 def _holds(name: str, path: Path) -> bool:
     if name == "cifar10":
         return is_cifar(path)
-    if name == "imagenet64":
+    if name in SIDES:
         return is_imagenet(path)
     if path.is_file():
         return zipfile.is_zipfile(path)
@@ -136,11 +143,13 @@ def is_imagenet(path: Path) -> bool:
     return (path / "train_data_batch_1.npz").is_file() or (path / "val_data.npz").is_file()
 
 
-def read_imagenet(path: Path, split: str, labels: bool) -> tuple[MappedImages, Tensor | None, tuple[str, ...]]:
+def read_imagenet(
+    path: Path, split: str, labels: bool, size: int | None = None
+) -> tuple[MappedImages, Tensor | None, tuple[str, ...]]:
     """Images that stay on the disk where the files are not compressed, labels int64 (N,) from 0 on, and the classes.
 
     Raises:
-        ValueError: If a file is missing or damaged.
+        ValueError: If a file is missing or damaged, or if its images are not of the side `size`, when given.
     """
     pattern = "val_data.npz" if split == "test" else "train_data_batch_*.npz"
     files = sorted(path.glob(pattern), key=lambda file: (len(file.name), file.name))
@@ -154,6 +163,8 @@ def read_imagenet(path: Path, split: str, labels: bool) -> tuple[MappedImages, T
             raise ValueError(
                 f"{file} holds {images.dtype} {images.shape}, not uint8 (N, 3 * side^2): {_WHERE_FROM['imagenet64']}"
             )
+        if size not in (None, side):
+            raise ValueError(f"{file} holds images of {side} x {side} pixels, not {size}: name the folder of the other size")
         arrays.append(images.reshape(-1, 3, side, side))
         if label is not None:
             if label.shape != (len(images),) or label.min() < 1:
