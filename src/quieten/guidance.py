@@ -103,7 +103,9 @@ class Guidance(nn.Module, ABC):
 
     def _weighted(self, g: Any, w: Any, x: Tensor, lam: Level) -> Tensor:
         _check_like(g, x, f"the gradient of {self._name()}")
-        g = g * spread_over(w, g)
+        g = g if isinstance(w, float) and w == 1.0 else g * spread_over(w, g)
+        if self.nonfinite == "raise" and bool(g.sum().isfinite()):
+            return g  # one look at memory; a sum that is not finite may still be of finite numbers
         good = g.isfinite().flatten(1).all(1) if g.ndim > 1 else g.isfinite()
         kept = torch.where(good.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0) if self.nonfinite != "raise" else g
         if self.nonfinite == "zero":
