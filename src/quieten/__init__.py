@@ -51,6 +51,7 @@ _WHERE = {
     "features": ["Extractor", "Statistics"],
     "metrics": ["frechet", "sliced_wasserstein"],
     "interop": ["from_diffusers", "to_diffusers"],
+    "interop.optimal": ["OptimalCovarianceScheduler", "VarianceUNet"],
 }  # fmt: skip
 _EXPORTS = {name: module for module, names in _WHERE.items() for name in names}
 

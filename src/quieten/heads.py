@@ -16,7 +16,20 @@ from .denoiser import Denoiser, levels
 from .nets import Block, Embedding, Net, PixelNorm, VectorBlock, modulated, zeroed
 from .process import Level
 
-__all__ = ["HEADS", "Complex", "Seen", "Separate", "Simple", "Tap", "Tokens", "make_head", "network_of", "tap_of"]
+__all__ = [
+    "HEADS",
+    "Complex",
+    "Seen",
+    "Separate",
+    "Simple",
+    "Tap",
+    "Tokens",
+    "find_tap",
+    "head_on",
+    "make_head",
+    "network_of",
+    "tap_of",
+]
 
 HEADS = ("simple", "complex", "separate")
 """What `make_head` makes."""
@@ -76,7 +89,7 @@ def tap_of(denoiser: nn.Module) -> Tap:
     Raises:
         ValueError: If the network has none that is known.
     """
-    tap = find_tap(denoiser)
+    tap = find_tap(network_of(denoiser))
     if tap is None:
         name = type(network_of(denoiser) or denoiser).__name__
         raise ValueError(f"the network of this denoiser ({name}) has no known feature map: use the head 'separate', which "
@@ -84,9 +97,8 @@ def tap_of(denoiser: nn.Module) -> Tap:
     return tap
 
 
-def find_tap(denoiser: nn.Module) -> Tap | None:
-    """The tap of a denoiser's network; None if it has none that is known."""
-    net = network_of(denoiser)
+def find_tap(net: nn.Module | None) -> Tap | None:
+    """The tap of a network; None if it has none that is known."""
     if isinstance(net, Net):
         return _ours(net)
     model: Any = getattr(net, "model", net)
@@ -334,11 +346,15 @@ def make_head(denoiser: Denoiser, kind: str = "simple", block: int = 1, shape: t
     shape = denoiser.shape if shape is None else shape
     if shape is None:
         raise ValueError("`shape` of one example is needed: this denoiser does not say it")
-    if block > 1 and len(shape) != 3:
-        raise ValueError(f"`block` {block} is for images (got examples of shape {shape}): use the pixel basis")
     if kind == "separate":
+        _check_block(block, shape)
         return Separate(shape, block=block)
-    tap = tap_of(denoiser)
+    return head_on(tap_of(denoiser), shape, kind, block)
+
+
+def head_on(tap: Tap, shape: tuple[int, ...], kind: str, block: int = 1) -> nn.Module:
+    """A "simple" or "complex" head for a tap, with an output of zero; arguments and errors as in `make_head`."""
+    _check_block(block, shape)
     embedding = tap.embedding if kind == "complex" else 0
     if kind == "complex" and not embedding and tap.kind == "map":
         raise ValueError("the head 'complex' needs an embedding of time, and this network has none to tap: use 'simple'")
@@ -347,6 +363,11 @@ def make_head(denoiser: Denoiser, kind: str = "simple", block: int = 1, shape: t
     if tap.kind == "tokens":
         return Tokens(tap.channels, shape[0], tap.patch, tap.embedding, shape, block)
     return Complex(tap.channels, shape[0], embedding, block) if embedding else Simple(tap.channels, shape[0], block)
+
+
+def _check_block(block: int, shape: tuple[int, ...]) -> None:
+    if block > 1 and len(shape) != 3:
+        raise ValueError(f"`block` {block} is for images (got examples of shape {shape}): use the pixel basis")
 
 
 def _norm(channels: int, style: str) -> nn.GroupNorm:

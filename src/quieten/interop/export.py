@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ..covariance import Learned
 from ..denoiser import Denoiser, Preconditioned
 from ..files import sync_tree
 from ..process import VP
 from ..schedule import Table
+from ..wrap import WithCovariance
 from .levels import FORMS, Index, betas
 from .network import Network
 
@@ -22,11 +24,13 @@ __all__ = ["to_diffusers"]
 def to_diffusers(denoiser: Denoiser, path: str | Path, *, clip: float | None = None) -> Path:
     """Writes a folder that `diffusers.DDPMPipeline.from_pretrained(path)` loads and samples from.
 
-    The folder appears whole or not at all. Its scheduler is a DDPMScheduler, with the betas of the denoiser's table.
+    The folder appears whole or not at all. Its scheduler is a DDPMScheduler, with the betas of the denoiser's table; or, for a
+    denoiser with a fitted variance, an OptimalCovarianceScheduler, which diffusers finds where this library is installed.
 
     Arguments:
         denoiser: A `Preconditioned` around an unconditional UNet2DModel, in VP, that predicts eps, x0 or v at the indices of a
-            `Table`: what `from_diffusers(model, scheduler=...)` gives, before or after training.
+            `Table`: what `from_diffusers(model, scheduler=...)` gives, before or after training. Or a `WithCovariance` of it,
+            with a head that reads its features.
         path: A new or empty folder.
         clip: The pipeline clips its estimates of x0 to [-clip, clip]; None does not clip.
 
@@ -36,22 +40,33 @@ def to_diffusers(denoiser: Denoiser, path: str | Path, *, clip: float | None = N
     """
     import diffusers
 
-    made, table = _exportable(denoiser)
+    source = denoiser.source if isinstance(denoiser, WithCovariance) else None
+    if isinstance(denoiser, WithCovariance) and not isinstance(source, Learned):
+        raise ValueError(f"`denoiser` has a variance of class {type(source).__name__}: what works is one with a head")
+    made, table = _exportable(denoiser.inner if isinstance(denoiser, WithCovariance) else denoiser)
     net: Any = made.net
     if clip is not None and not clip > 0:
         raise ValueError(f"`clip` must be positive (got {clip})")
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`path` {target} is not an empty folder: give a new one, nothing is overwritten")
-    scheduler = diffusers.DDPMScheduler(
-        num_train_timesteps=len(table),
+    options = {
+        "num_train_timesteps": len(table),
         **_chain(table),
-        prediction_type=next(theirs for theirs, ours in FORMS.items() if ours == made.form),
-        variance_type="learned_range" if made.learned_range else "fixed_small",
-        clip_sample=clip is not None,
-        clip_sample_range=1.0 if clip is None else float(clip),
-    )
-    pipeline: Any = diffusers.DDPMPipeline(unet=net.model, scheduler=scheduler)
+        "prediction_type": next(theirs for theirs, ours in FORMS.items() if ours == made.form),
+        "clip_sample": clip is not None,
+        "clip_sample_range": 1.0 if clip is None else float(clip),
+    }
+    unet: Any
+    scheduler: Any
+    if isinstance(source, Learned):
+        from .optimal import pipeline_parts
+
+        unet, scheduler = pipeline_parts(net.model, source, options)
+    else:
+        variance = "learned_range" if made.learned_range else "fixed_small"
+        unet, scheduler = net.model, diffusers.DDPMScheduler(**options, variance_type=variance)
+    pipeline: Any = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
