@@ -23,7 +23,7 @@ RESCORED = 16
 """How many nearest references of each row are measured by direct differences."""
 
 _WEIGHTS = 2**22  # held at once; 32 times as many on other devices than the CPU
-_TOLERANCE = 2e-6  # of the data's scale: what the products of matrices may add to an average before float64 takes over
+_TOLERANCE = 4e-6  # of the data's scale: what the products of matrices may add to an average before float64 takes over
 
 
 class Posterior(NamedTuple):
@@ -112,7 +112,7 @@ def posterior(
         spread: Whether to return second moments too, at the price of one more product.
     """
     width, large = wide(x.device), x.device.type != "cpu"
-    chunk = chunk or max(64, (2**25 if large else 2**20) // max(1, x.shape[1]))
+    chunk = chunk or max(64, (2**25 if large else 2**18) // max(1, x.shape[1]))  # on a CPU: what its cache holds
     rows = max(1, _WEIGHTS * (32 if large else 1) // len(refs))
     with full_precision(x.device):
         shared = _Shared(refs, unpacked(refs[:1024], width).mean(0), tail, chunk, spread)
@@ -141,11 +141,19 @@ class _Shared:
     spread: bool
 
     def chunks(self, dtype: torch.dtype, centred: bool) -> Iterator[tuple[slice, Tensor]]:
-        """References as numbers, some at a time, about their mean if asked."""
-        for start in range(0, len(self.refs), self.chunk):
-            y = unpacked(self.refs[start : start + self.chunk], dtype)
+        """References as numbers, some at a time, about their mean if asked; each is overwritten by the next."""
+        size, given = min(self.chunk, len(self.refs)), self.refs.dtype
+        centre, bytes_ = self.centre.to(dtype), given == torch.uint8 and dtype == torch.float32
+        rows = size if centred or bytes_ else 0
+        buffer = torch.empty(rows, self.refs.shape[1], dtype=dtype, device=self.refs.device)  # kept: fresh memory is slow
+        for start in range(0, len(self.refs), size):
+            y = self.refs[start : start + size]
             at = slice(start, start + len(y))
-            yield at, y - self.centre.to(dtype) if centred else y
+            if bytes_:
+                y = buffer[: len(y)].copy_(y).div_(127.5).sub_(1)
+            elif given != dtype:
+                y = unpacked(y, dtype)
+            yield at, torch.sub(y, centre, out=buffer[: len(y)]) if centred else y
 
     def logits(self, apart: Tensor, start: Tensor, sigma: Tensor) -> Tensor:
         """Log-weights relative to the base's; overwrites.
@@ -235,13 +243,13 @@ def _weighed(rows: _Rows, shared: _Shared, dtype: torch.dtype) -> tuple[Posterio
     top = _nearest(shared, rows, base, z, index, nearest.isinf(), others)
     w = shared.logits(rest, start, rows.sigma).sub_(top.peak.to(dtype)[:, None]).exp_()
     sums = w.sum(1, dtype=width)
-    doubtful = _doubt(shared, rows, start, norms.amax(), sums / (sums + top.total))
-    z_total = top.total + sums
+    z_total, own_squares = top.total + sums, torch.linalg.vector_norm(w, dim=1).to(width).square()
+    doubtful = _doubt(shared, rows, start, norms.amax(), sums / z_total, own_squares.sqrt() / sums)
     mean, second = _sums(shared, w, dtype, width)
     shift = (top.shift + mean - sums[:, None] * base) / z_total[:, None]
     off = mean - sums[:, None] * shared.centre  # sum of w (y - centre)
     far = top.far + (w @ norms).to(width) - 2 * (off * b).sum(1) + sums * b.square().sum(1)
-    squares = top.squares + torch.linalg.vector_norm(w, dim=1).to(width).square()
+    squares = top.squares + own_squares
     spread = None
     if top.spread is not None and second is not None:
         spread = (top.spread + second - 2 * b * off + sums[:, None] * b.square()).div_(z_total[:, None]).clamp_(min=0.0)
@@ -284,11 +292,11 @@ def _nearest(shared: _Shared, rows: _Rows, base: Tensor, z: Tensor, index: Tenso
         others: Largest logit of all that are not among them (B,).
     """
     (count, k), width = index.shape, max(1, base.shape[1])
-    block = max(1, (2**25 if base.device.type != "cpu" else 2**19) // (k * width))
+    block = max(1, (2**25 if base.device.type != "cpu" else 2**18) // (k * width))
     parts = []
     for begin in range(0, max(count, 1), block):
         at = slice(begin, begin + block)
-        away = unpacked(shared.refs[index[at].flatten()], base.dtype).view(-1, k, base.shape[1]) - base[at, None]
+        away = unpacked(shared.refs[index[at].flatten()], base.dtype).view(-1, k, base.shape[1]).sub_(base[at, None])
         squares = torch.linalg.vector_norm(away, dim=2).square_()
         alpha = rows.alpha[at, None]
         apart = alpha * (alpha * squares - 2 * torch.bmm(away, z[at, :, None])[:, :, 0])
@@ -312,11 +320,11 @@ def _sums(shared: _Shared, w: Tensor, dtype: torch.dtype, width: torch.dtype) ->
     return mean.to(width), None if second is None else second.to(width)
 
 
-def _doubt(shared: _Shared, rows: _Rows, start: Tensor, reach: Tensor, share: Tensor) -> Tensor:
+def _doubt(shared: _Shared, rows: _Rows, start: Tensor, reach: Tensor, share: Tensor, evenness: Tensor) -> Tensor:
     """Rows (B,) where rounding in float32 products could show in the average.
 
-    A bound on the error of the other references' log-weights, times their share of the weight had all of them erred
-    upwards, times how far apart references of similar weight can be.
+    The error of the other references' log-weights, times their share of the weight had all of them erred upwards, times how far
+    apart references of similar weight can be; independent errors average out over references of similar weight.
 
     Arguments:
         shared: The references.
@@ -324,11 +332,12 @@ def _doubt(shared: _Shared, rows: _Rows, start: Tensor, reach: Tensor, share: Te
         start: ||x - alpha base||^2 (B,).
         reach: Largest ||y - centre||^2.
         share: Of the weight, what the other references have together (B,).
+        evenness: Root of the sum of squares of their own shares (B,): 1 if one has all, 1 / sqrt(n) if n have the same.
     """
     alpha, sigma, reach = rows.alpha, rows.sigma, reach.to(rows.alpha.dtype)
     scale = (reach / max(1, shared.refs.shape[1])).sqrt()
     steep = 1 / sigma.square() if shared.tail is None else -2 * shared.power / (start + shared.tail * sigma.square())
-    error = 2.0**-24 * steep * (0.25 * alpha.square() * reach + alpha * sigma * reach.sqrt())
+    error = 2.0**-24 * steep * (alpha.square() * reach + alpha * sigma * reach.sqrt())
     mass = (share.log() + 2 * error).clamp(max=0.0).exp()
     apart = torch.minimum(10 * sigma / alpha.clamp(min=1e-30), 4 * scale)
-    return mass * (2 * error).clamp(max=1.0) * apart > _TOLERANCE * scale
+    return mass * (2 * error).clamp(max=1.0) * apart * evenness.nan_to_num(1.0) > _TOLERANCE * scale
