@@ -33,6 +33,7 @@ _WHERE = {
     "quadratic": ["ExactKick", "ImplicitKick", "Quadratic"],
     "sampling": ["generate", "sample", "trajectory"],
     "likelihood": ["Bound", "elbo", "evaluate", "fit_decoder"],
+    "density": ["log_likelihood"],
     "decoders": ["Decoder", "Dequantised", "Discretised", "Flat", "Pixels", "Plain"],
     "grids": ["dp_seg", "dp_vb", "edge_costs", "take"],
     "objective": ["Batch", "Denoising", "Objective", "Update"],

@@ -1,4 +1,4 @@
-r"""Likelihood: the variational bound with every term, in steps or in continuous time.
+r"""Likelihood: the variational bound with every term, in steps or in continuous time; `density` has that of the ODE.
 
     -log p(x0) <= prior + diffusion + reconstruction
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .decoders import Decoder, summed
 from .denoiser import Denoiser, form_coefficients
+from .density import log_likelihood
 from .gaussian import Gaussian
 from .noise import Draws
 from .process import Process
@@ -29,7 +30,7 @@ from .transition import Ancestral, Step, Transition
 if TYPE_CHECKING:
     from .encoder import Encoder
 
-__all__ = ["Bound", "elbo", "evaluate", "fit_decoder"]
+__all__ = ["Bound", "elbo", "evaluate", "fit_decoder", "log_likelihood"]
 
 
 @dataclass(frozen=True)
