@@ -68,6 +68,9 @@ def sample(
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of ancestral noise, for samplers that have it.")
     ] = None,
+    variance: Annotated[
+        str | None, typer.Option(help="Of x0, for ancestral, ocm and ocm-ddim: one that was fitted, or big, fisher, probed.")
+    ] = None,
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Clip x0 to [-1, 1]. Default: for pixel models.")
     ] = None,
@@ -88,6 +91,8 @@ def sample(
 
         quieten sample ./my-diffusers-model --steps 50 --transition ddim --npz samples.npz -n 1000
 
+        quieten sample zoo:fashion-mnist --steps 10 --transition ocm
+
         quieten sample zoo:fashion-mnist --guide Bag --scale 6 --steps 10
 
         quieten sample zoo:fashion-mnist --guide superres:4 --measurement shoe.png -n 8
@@ -96,8 +101,8 @@ def sample(
 
     run(
         source, steps=steps, transition=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, guide=guide,
-        classifier=classifier, measurement=measurement, mask=mask, std=std, eta=eta, clip=clip, spacing=grid, out=out, npz=npz,
-        batch=batch, weights=weights, device=device,
+        classifier=classifier, measurement=measurement, mask=mask, std=std, eta=eta, variance=variance, clip=clip, spacing=grid,
+        out=out, npz=npz, batch=batch, weights=weights, device=device,
     )  # fmt: skip
 
 

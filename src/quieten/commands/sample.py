@@ -19,12 +19,13 @@ from ..denoiser import Denoiser
 from ..files import write_atomic, writing
 from ..guidance import ClassifierFree, Guidance, Guided
 from ..progress import Progress
-from ..samplers import sampler
+from ..samplers import SAMPLERS, sampler
 from ..sampling import generate
 from ..source import Source, open_source
 from ..splits import SPLITS, split
 from ..transition import Transition
-from ..wrap import Clipped, Counted, Extrapolated
+from ..variance import load_variance
+from ..wrap import Clipped, Counted, Extrapolated, WithCovariance
 from .guide import Guide, chosen, open_guide
 
 __all__ = ["sample"]
@@ -39,6 +40,7 @@ def sample(
     steps: int | None = None,
     transition: str | None = None,
     eta: float | None = None,
+    variance: str | None = None,
     spacing: str | None = None,
     label: str | None = None,
     prompt: str | None = None,
@@ -63,13 +65,15 @@ def sample(
     steps = opened.steps if steps is None else steps
     asked: dict[str, Any] = {"classifier": classifier, "measurement": measurement, "mask": mask, "std": std}
     followed = _followed(opened, guide, n, scale, asked)
+    transition = "ancestral" if transition is None and variance is not None else transition
     name, grid, build = _choose(opened, transition, steps, eta, spacing, followed)
     cond, columns = _conditions(opened, n, label, prompt, followed)
     scale = 1.0 if followed is not None else opened.scale if scale is None else scale
     what = _suffix(label, scale) + ("" if followed is None else f"-{followed.words}")
     out, npz = _targets(opened, out, npz, f"{name}-{steps}-seed{seed}{what}")
     counted = Counted(opened.denoiser)  # innermost: guidance asks it for two rows a sample
-    plan = _plan(opened, counted, clip, scale, cond, followed, name, build)
+    model = _spread(opened, counted, name, variance)
+    plan = _plan(opened, model, clip, scale, cond, followed, name, build)
     started = time.perf_counter()
     x = torch.cat(list(_chunks(plan, n, batch, grid, cond, seed)))
     images = _decoded(opened, x, batch)
@@ -133,6 +137,18 @@ def _choose(
     return name, grid, lambda guidance: stepper
 
 
+def _spread(source: Source, model: Denoiser, name: str, variance: str | None) -> Denoiser:
+    """The denoiser with the variance that is asked for, or that the sampler needs."""
+    entry = SAMPLERS.get(name)
+    if variance is not None and (entry is None or not getattr(entry.make(), "spread", False)):
+        raise ValueError(f"`--variance {variance}` means nothing to the sampler {name!r}: take ancestral, ocm or ocm-ddim")
+    wanted = variance or (None if entry is None else entry.variance)
+    if wanted is None:
+        return model
+    bound = source.clip**2 if isinstance(source.clip, int | float) else None
+    return WithCovariance(model, load_variance(source.variances, wanted, source.denoiser, cap=bound))
+
+
 def _split(name: str, guidance: Guidance | None, options: Mapping[str, Any]) -> Transition:
     if guidance is None:
         raise ValueError(f"`--transition {name}` keeps guidance apart: give --guide, or --scale other than 1, or take another")
@@ -165,7 +181,7 @@ def _conditions(
 
 
 def _plan(
-    source: Source, counted: Counted, clip: bool | None, scale: float, cond: Mapping[str, Any],
+    source: Source, counted: Denoiser, clip: bool | None, scale: float, cond: Mapping[str, Any],
     guide: Guide | None, name: str, build: Build,
 ) -> Plan:  # fmt: skip
     """The denoiser and the transition of each chunk: joint guidance is in the one, split guidance in the other."""
