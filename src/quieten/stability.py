@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .guidance import Guidance, Guided
-from .noise import Noise
+from .noise import INITIAL, Noise
 from .samplers import SAMPLERS, sampler
 from .sampling import trajectory
 from .splits import SPLITS, split
@@ -198,7 +198,7 @@ class _Field:
             transition, grid = sampler(name, grid)
             model = Guided(net, self.guidance)
         clock = time.process_time if self.like.device.type == "cpu" else time.perf_counter
-        x = net.process.prior(grid[0].item()).sample(self.noise(-1, self.like))
+        x = net.process.prior(grid[0].item()).sample(self.noise(INITIAL, self.like))
         most, started = torch.zeros((), device=x.device), clock()
         try:
             for state in trajectory(model, x, grid, transition, noise=self.noise):
