@@ -65,7 +65,7 @@ SMALL = ("--steps", 4, "-n", 20, "--fit", 8, "--batch", 8)
 
 
 OPTIONS = ["", "--variance small", "--bound-grid optimal --levels 9", "--bound-grid own", "--bound-grid powerp",
-           "--decoder flat", "--decoder dequantised", "--continuous", "--split train", "--no-clip"]  # fmt: skip
+           "--decoder flat", "--decoder dequantised", "--estimator continuous", "--split train", "--no-clip"]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -77,7 +77,7 @@ def test_terms_add_up(typed: Type, run: Run, options: str):
     within(1e-9, abs(parts / terms["total"]["nats"] - 1), "sum of the terms")
     within(1e-12, abs(terms["total"]["bits/dim"] * 64 * math.log(2) / terms["total"]["nats"] - 1), "bits per dimension")
     assert result["dims"] == 64
-    if "--continuous" not in options:
+    if "continuous" not in options:
         assert len(result["steps"]) == 3
         within(1e-9, abs(sum(step["nats"] for step in result["steps"]) / terms["diffusion"]["nats"] - 1), "sum of the steps")
     assert "bits/dim of the 8-bit data, scaled to [-1, 1]" in ran.out
@@ -124,6 +124,18 @@ def test_a_fitted_variance_is_taken(typed: Type, run: Run):
             file.unlink()
 
 
+def test_the_ode_is_measured_too(typed: Type, run: Run, tmp_path: Path):
+    """One number, of the denoiser without any variance; more steps change it little."""
+    few, many = (
+        read(typed("nll", run.path, "digits", "--estimator", "ode", "--steps", steps, "-n", 6, "--out", tmp_path / "a.json"))
+        for steps in (12, 24)
+    )
+    assert set(many["terms"]) == {"total"}
+    assert many["protocol"]["variance"] is None
+    assert "dequantisation" in many["protocol"]["decoder"]
+    within(0.1, abs(few["terms"]["total"]["bits/dim"] / many["terms"]["total"]["bits/dim"] - 1), "12 steps against 24")
+
+
 def test_a_run_keeps_its_results(typed: Type, run: Run):
     ran = typed("nll", run.path, "digits", *SMALL)
     assert Path(ran.out.strip().splitlines()[-1]) == run.path / "nll" / "digits-test-big-linear4.json"
@@ -131,6 +143,8 @@ def test_a_run_keeps_its_results(typed: Type, run: Run):
 
 @pytest.mark.parametrize("options, pieces", [
     (("--bound-grid", "optmal"), ("--bound-grid optmal", "did you mean 'optimal'")),
+    (("--estimator", "flow"), ("--estimator flow", "bound, continuous, ode")),
+    (("--estimator", "ode", "--decoder", "flat"), ("--decoder flat", "ODE")),
     (("--decoder", "gaussian"), ("--decoder gaussian", "discretised, flat, dequantised")),
     (("--compat", "paper"), ("--compat paper", "official")),
     (("--compat", "official"), ("table", "leave it out")),

@@ -17,7 +17,7 @@ from ..decoders import Decoder, Dequantised, Discretised, Flat, Plain
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
 from ..grids import SPACINGS, dp_vb, edge_costs, linear, take
-from ..likelihood import Bound, evaluate, fit_decoder
+from ..likelihood import Bound, evaluate, fit_decoder, log_likelihood
 from ..noise import Draws
 from ..process import VP
 from ..progress import Progress
@@ -29,6 +29,7 @@ from ..wrap import WithCovariance
 
 __all__ = ["nll"]
 
+ESTIMATORS = ("bound", "continuous", "ode")
 GRIDS = (*SPACINGS, "optimal", "own")
 DECODERS = ("discretised", "flat", "dequantised")
 CHAIN = 1000
@@ -53,7 +54,8 @@ def nll(
     source: str,
     data: str,
     *,
-    steps: int | None = 50,
+    estimator: str = "bound",
+    steps: int = 50,
     n: int | None = None,
     split: str = "test",
     variance: str | None = None,
@@ -74,28 +76,33 @@ def nll(
     Raises:
         ValueError: For an option that the model or the data cannot serve, or a place that cannot be written.
     """
-    _check_names(bound_grid, decoder, compat, steps)
+    _check_names(estimator, bound_grid, decoder, compat)
     opened = open_source(source, weights, device)
     _check_compat(opened, compat)
     model, transition, variance = _kernels(opened, variance, clip)
     examples, fitting, whole = _data(opened, data, split, n, fit, seed, batch)
-    out = _target(opened, out, f"{whole.name}-{split}-{variance}-{_name_of(steps, bound_grid)}.json")
-    kind = _decoder(opened, whole, decoder, compat)
-    places = Places(opened, bound_grid, steps, levels)
-    grid = places.of(model, transition, kind, fitting, seed)
-    kind = _fitted(opened, kind, model, fitting, grid, transition, seed, batch, compat)
-    with Progress(len(examples), 0, "bound") as progress:
-        bound = evaluate(
-            model, examples.x0, kind, grid, cond=examples.cond, seed=seed, batch=batch,
-            transition=None if steps is None else transition, progress=progress.update,
-        )  # fmt: skip
+    what = f"{variance}-{bound_grid}{steps}" if estimator == "bound" else estimator
+    out = _target(opened, out, f"{whole.name}-{split}-{what}.json")
+    kind = _decoder(opened, whole, "dequantised" if estimator == "ode" else decoder, compat)
+    if estimator == "ode":
+        bound = _by_ode(opened, kind, examples, steps, seed, batch)
+    else:
+        grid = Places(opened, bound_grid, steps, levels).of(estimator, model, transition, kind, fitting, seed)
+        kind = _fitted(opened, kind, model, fitting, grid, transition, seed, batch, compat)
+        with Progress(len(examples), 0, "bound") as progress:
+            bound = evaluate(
+                model, examples.x0, kind, grid, cond=examples.cond, seed=seed, batch=batch,
+                transition=transition if estimator == "bound" else None, progress=progress.update,
+            )  # fmt: skip
+    in_steps = estimator == "bound"
     protocol = {
         "source": source, "weights": opened.weights, "data": whole.name, "split": split, "n": len(examples), "seed": seed,
-        "steps": steps, "grid": bound_grid if steps else "continuous time", "variance": variance if steps else None,
-        "decoder": repr(kind), "compat": compat, "clip": opened.clip is not None if clip is None else clip,
-        "fitted_on": f"{len(fitting)} of train", "unit": _unit(opened, bound),
+        "estimator": estimator, "steps": None if estimator == "continuous" else steps, "grid": bound_grid if in_steps else None,
+        "variance": variance if in_steps else None, "decoder": repr(kind), "compat": compat,
+        "clip": in_steps and (opened.clip is not None if clip is None else clip), "fitted_on": f"{len(fitting)} of train",
+        "unit": _unit(opened, bound),
     }  # fmt: skip
-    result = {"protocol": protocol, "dims": bound.dims, "terms": _terms(bound), "steps": _steps(bound)}
+    result = {"protocol": protocol, "dims": bound.dims, "terms": _terms(bound, estimator), "steps": _steps(bound)}
     with writing(out):
         write_atomic(out, json.dumps(result, indent=1).encode())
     print(_table(result, bound))
@@ -106,16 +113,19 @@ def nll(
 # ---- before the work
 
 
-def _check_names(grid: str, decoder: str, compat: str | None, steps: int | None) -> None:
+def _check_names(estimator: str, grid: str, decoder: str, compat: str | None) -> None:
     from ..parts import nearest
 
-    for option, name, known in (("--bound-grid", grid, GRIDS), ("--decoder", decoder, DECODERS)):
+    options = (("--estimator", estimator, ESTIMATORS), ("--bound-grid", grid, GRIDS), ("--decoder", decoder, DECODERS))
+    for option, name, known in options:
         if name not in known:
             raise ValueError(f"`{option} {name}` is unknown{nearest(name, known)} (known: {', '.join(known)})")
     if compat not in (None, "official"):
         raise ValueError(f"`--compat {compat}` is unknown: leave it out, or give official")
-    if compat and (decoder != "discretised" or steps is None):
-        raise ValueError("`--compat official` is the discretised decoder in steps: leave out --decoder and --continuous")
+    if compat and (decoder != "discretised" or estimator != "bound"):
+        raise ValueError("`--compat official` is the discretised decoder in steps: leave out --decoder and --estimator")
+    if estimator == "ode" and decoder != "discretised":
+        raise ValueError(f"`--decoder {decoder}` has no place in the ODE's likelihood, which dequantises: leave it out")
 
 
 def _check_compat(source: Source, compat: str | None) -> None:
@@ -209,10 +219,6 @@ def _target(source: Source, out: Path | None, name: str) -> Path:
     return out
 
 
-def _name_of(steps: int | None, grid: str) -> str:
-    return "continuous" if steps is None else f"{grid}{steps}"
-
-
 # ---- decoder and levels
 
 
@@ -242,13 +248,15 @@ class Places:
 
     source: Source
     name: str
-    steps: int | None
+    steps: int
     levels: int
 
-    def of(self, model: Denoiser, transition: Transition, decoder: Decoder, fitting: Examples, seed: int) -> Tensor | Schedule:
+    def of(
+        self, estimator: str, model: Denoiser, transition: Transition, decoder: Decoder, fitting: Examples, seed: int
+    ) -> Tensor | Schedule:
         """A grid; for the bound in continuous time a line between the ends of the chain."""
         chain = _chain(self.source)
-        if self.steps is None:
+        if estimator == "continuous":
             finite = chain[chain.isfinite()]
             return Linear(float(finite[0]), float(finite[-1]))
         if self.name == "own":
@@ -264,15 +272,14 @@ class Places:
     ) -> Tensor:
         if not isinstance(transition, Ancestral) or transition.range:
             raise ValueError("`--bound-grid optimal` is for variances that do not depend on the next level: give another grid")
-        steps = int(self.steps or 0)
-        chain = chain[linear(max(min(self.levels, len(chain)), steps), len(chain)) - 1]
+        chain = chain[linear(max(min(self.levels, len(chain)), self.steps), len(chain)) - 1]
         there = fitting.on(next(iter(model.parameters())).device)
         with Progress(len(chain) * len(fitting), 0, "measuring the grid") as progress:
             costs = edge_costs(
                 model.bind(**there.cond), there.x0, chain, decoder, draws=Draws(seed, 1, range(len(there))),
                 transition=transition, fit=True, progress=lambda done: progress.update(done * len(fitting)),
             )  # fmt: skip
-        return take(chain, dp_vb(steps, costs)[0])
+        return take(chain, dp_vb(self.steps, costs)[0])
 
 
 def _fitted(
@@ -299,6 +306,23 @@ def _fitted(
     )  # fmt: skip
 
 
+def _by_ode(source: Source, decoder: Decoder, examples: Examples, steps: int, seed: int, batch: int) -> Bound:
+    """The likelihood of the probability-flow ODE of the denoiser as it is, by one probe, as a bound of a single term."""
+    grid, device, parts = source.grid(steps + 1, None), next(iter(source.denoiser.parameters())).device, []
+    cell = 2.0 * decoder.pixels.half if decoder.pixels is not None else 1.0
+    dims = math.prod(examples.x0.shape[1:])
+    with Progress(len(examples), 0, "ODE") as progress:
+        for i in range(0, len(examples), batch):
+            rows = slice(i, min(i + batch, len(examples)))
+            draws = Draws(seed, 0, range(rows.start, rows.stop))
+            there = Examples(examples.x0[rows], {name: value[rows] for name, value in examples.cond.items()}).on(device)
+            x0 = decoder.prepare(there.x0, draws)
+            parts.append(log_likelihood(source.denoiser.bind(**there.cond), x0, grid, draws=draws, probes=1).cpu())
+            progress.update(rows.stop)
+    nats = -torch.cat(parts) - dims * math.log(cell)
+    return Bound(torch.zeros_like(nats), nats[:, None], torch.zeros_like(nats), dims, (), decoder.pixels is not None)
+
+
 # ---- afterwards
 
 
@@ -313,11 +337,11 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
-def _terms(bound: Bound) -> dict[str, dict[str, float]]:
-    """Mean and standard error of each term, in nats per example and in the unit per dimension."""
+def _terms(bound: Bound, estimator: str) -> dict[str, dict[str, float]]:
+    """Mean and standard error of each term, in nats per example and in the unit per dimension; the ODE has no terms."""
     scale, unit = (bound.dims * math.log(2.0), "bits/dim") if bound.discrete else (bound.dims, "nats/dim")
     out = {}
-    for name, values in bound.terms.items():
+    for name, values in bound.terms.items() if estimator != "ode" else [("total", bound.total)]:
         mean, error = _mean(values)
         out[name] = {"nats": mean, "nats_se": error, unit: mean / scale, f"{unit}_se": error / scale}
     return out
@@ -337,14 +361,20 @@ def _steps(bound: Bound) -> list[dict[str, float | None]]:
 def _table(result: Mapping[str, Any], bound: Bound) -> str:
     unit = "bits/dim" if bound.discrete else "nats/dim"
     p = result["protocol"]
-    how = f"{p['steps']} steps ({p['grid']} grid), variance {p['variance']}" if p["steps"] else "continuous time"
+    how = {
+        "bound": f"bound in {p['steps']} steps ({p['grid']} grid), variance {p['variance']}",
+        "continuous": "bound in continuous time",
+        "ode": f"likelihood of the ODE in {p['steps']} steps, one probe",
+    }[p["estimator"]]
     lines = [
         f"{p['source']} ({p['weights']} weights) on {p['n']} {p['split']} examples of {p['data']}, seed {p['seed']}: {how}",
-        f"decoder: {p['decoder']}; fitted on {p['fitted_on']}; D = {bound.dims}; {p['unit']}",
+        f"decoder: {p['decoder']}" + ("" if p["estimator"] == "ode" else f"; fitted on {p['fitted_on']}"),
+        f"D = {bound.dims}; {p['unit']}",
         f"{'':16}{'nats/example':>24}{p['unit'].split(' of ')[0]:>24}",
     ]
     for name, row in result["terms"].items():
         cells = (f"{row[key]:.{digits}f} ± {row[key + '_se']:.{digits}f}" for key, digits in (("nats", 2), (unit, 4)))
         lines.append(f"{name:16}" + "".join(f"{cell:>24}" for cell in cells))
-    lines.append(f"at most {result['terms']['total'][unit]:.4f} {unit}: the terms add up to a bound")
+    if p["estimator"] != "ode":
+        lines.append(f"at most {result['terms']['total'][unit]:.4f} {unit}: the terms add up to a bound")
     return "\n".join(lines)
