@@ -358,6 +358,13 @@ def test_nan_names_the_level_and_the_scale() -> None:
         Gradient(sometimes_nan, nonfinite="ignore")
 
 
+def test_a_value_that_is_nan_counts_though_its_gradient_is_finite() -> None:
+    hidden = Likelihood(lambda x, lam: torch.where(x[:, 0, 0, 0] > 0, -energy(x), math.nan))
+    bad = int((states(6)[:, 0, 0, 0] <= 0).sum())
+    with refuses("Likelihood is not finite", f"{bad} of 6"):
+        hidden.gradient(mixture(), states(6), LAM)
+
+
 def test_a_guided_run_that_blows_up_names_its_step() -> None:
     guided = Guided(mixture(), Likelihood(lambda x, lam: x.flatten(1).pow(4).sum(1).exp(), scale=30.0))
     with refuses("Likelihood is not finite", "lam = ", "scale 30"):
