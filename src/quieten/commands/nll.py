@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..process import VP
 from ..progress import Progress
 from ..schedule import Linear, Schedule
 from ..source import Source, open_source
-from ..transition import Ancestral, Transition
+from ..transition import Ancestral
 from ..variance import load_variance, variance_names
 from ..wrap import WithCovariance
 
@@ -50,59 +50,56 @@ class Examples:
         return Examples(self.x0.to(device), {name: value.to(device) for name, value in self.cond.items()})
 
 
-def nll(
-    source: str,
-    data: str,
-    *,
-    estimator: str = "bound",
-    steps: int = 50,
-    n: int | None = None,
-    split: str = "test",
-    variance: str | None = None,
-    bound_grid: str = "linear",
-    decoder: str = "discretised",
-    compat: str | None = None,
-    clip: bool | None = None,
-    fit: int = 128,
-    levels: int = 200,
-    seed: int = 0,
-    out: Path | None = None,
-    batch: int = 64,
-    weights: str = "ema",
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measures the bound, prints and saves its table, and returns what it saved; the arguments are the command's options.
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command, by their names."""
+
+    estimator: str = "bound"
+    steps: int = 50
+    n: int | None = None
+    split: str = "test"
+    variance: str | None = None
+    bound_grid: str = "linear"
+    decoder: str = "discretised"
+    compat: str | None = None
+    clip: bool | None = None
+    fit: int = 128
+    levels: int = 200
+    seed: int = 0
+    out: Path | None = None
+    batch: int = 64
+    weights: str = "ema"
+    device: str | None = None
+
+
+def nll(source: str, data: str, **options: Any) -> dict[str, Any]:
+    """Measures how likely data are, prints and saves a table, and returns what it saved; the arguments are the command's.
 
     Raises:
         ValueError: For an option that the model or the data cannot serve, or a place that cannot be written.
     """
-    _check_names(estimator, bound_grid, decoder, compat)
-    opened = open_source(source, weights, device)
-    _check_compat(opened, compat)
-    model, transition, variance = _kernels(opened, variance, clip)
-    examples, fitting, whole = _data(opened, data, split, n, fit, seed, batch)
-    what = f"{variance}-{bound_grid}{steps}" if estimator == "bound" else estimator
-    out = _target(opened, out, f"{whole.name}-{split}-{what}.json")
-    kind = _decoder(opened, whole, "dequantised" if estimator == "ode" else decoder, compat)
-    if estimator == "ode":
-        bound = _by_ode(opened, kind, examples, steps, seed, batch)
+    asked = Asked(**options)
+    _check_names(asked)
+    opened = open_source(source, asked.weights, asked.device)
+    _check_compat(opened, asked.compat)
+    kernels = _kernels(opened, asked.variance, asked.clip)
+    examples, fitting, whole = _data(opened, data, asked)
+    what = f"{kernels.name}-{asked.bound_grid}{asked.steps}" if asked.estimator == "bound" else asked.estimator
+    out = _target(opened, asked.out, f"{whole.name}-{asked.split}-{what}.json")
+    decoder = _decoder(opened, whole, asked)
+    if asked.estimator == "ode":
+        bound = _by_ode(opened, decoder, examples, asked)
     else:
-        grid = Places(opened, bound_grid, steps, levels).of(estimator, model, transition, kind, fitting, seed)
-        kind = _fitted(opened, kind, model, fitting, grid, transition, seed, batch, compat)
-        with Progress(len(examples), 0, "bound") as progress:
-            bound = evaluate(
-                model, examples.x0, kind, grid, cond=examples.cond, seed=seed, batch=batch,
-                transition=transition if estimator == "bound" else None, progress=progress.update,
-            )  # fmt: skip
-    in_steps = estimator == "bound"
+        bound, decoder = _bounded(opened, kernels, decoder, examples, fitting, asked)
+    in_steps = asked.estimator == "bound"
     protocol = {
-        "source": source, "weights": opened.weights, "data": whole.name, "split": split, "n": len(examples), "seed": seed,
-        "estimator": estimator, "steps": None if estimator == "continuous" else steps, "grid": bound_grid if in_steps else None,
-        "variance": variance if in_steps else None, "decoder": repr(kind), "compat": compat,
-        "clip": in_steps and (opened.clip is not None if clip is None else clip), "fitted_on": f"{len(fitting)} of train",
-        "unit": _unit(opened, bound),
+        "source": source, "weights": opened.weights, "data": whole.name, "split": asked.split, "n": len(examples),
+        "seed": asked.seed, "estimator": asked.estimator, "steps": None if asked.estimator == "continuous" else asked.steps,
+        "grid": asked.bound_grid if in_steps else None, "variance": kernels.name if in_steps else None,
+        "decoder": repr(decoder), "compat": asked.compat, "clip": in_steps and kernels.transition.clip is not None,
+        "fitted_on": f"{len(fitting)} of train", "unit": _unit(opened, bound),
     }  # fmt: skip
-    result = {"protocol": protocol, "dims": bound.dims, "terms": _terms(bound, estimator), "steps": _steps(bound)}
+    result = {"protocol": protocol, "dims": bound.dims, "terms": _terms(bound, asked.estimator), "steps": _steps(bound)}
     with writing(out):
         write_atomic(out, json.dumps(result, indent=1).encode())
     print(_table(result, bound))
@@ -113,13 +110,16 @@ def nll(
 # ---- before the work
 
 
-def _check_names(estimator: str, grid: str, decoder: str, compat: str | None) -> None:
+def _check_names(asked: Asked) -> None:
     from ..parts import nearest
 
-    options = (("--estimator", estimator, ESTIMATORS), ("--bound-grid", grid, GRIDS), ("--decoder", decoder, DECODERS))
-    for option, name, known in options:
-        if name not in known:
-            raise ValueError(f"`{option} {name}` is unknown{nearest(name, known)} (known: {', '.join(known)})")
+    known = {"estimator": ESTIMATORS, "bound_grid": GRIDS, "decoder": DECODERS}
+    for option, names in known.items():
+        name = getattr(asked, option)
+        if name not in names:
+            option = option.replace("_", "-")
+            raise ValueError(f"`--{option} {name}` is unknown{nearest(name, names)} (known: {', '.join(names)})")
+    estimator, decoder, compat = asked.estimator, asked.decoder, asked.compat
     if compat not in (None, "official"):
         raise ValueError(f"`--compat {compat}` is unknown: leave it out, or give official")
     if compat and (decoder != "discretised" or estimator != "bound"):
@@ -134,34 +134,40 @@ def _check_compat(source: Source, compat: str | None) -> None:
                          "was not trained on: leave it out")  # fmt: skip
 
 
-def _kernels(source: Source, name: str | None, clip: bool | None) -> tuple[Denoiser, Transition, str]:
+class Kernels(NamedTuple):
     """The denoiser with its variance, the transition that uses it, and the name of the variance."""
+
+    model: Denoiser
+    transition: Ancestral
+    name: str
+
+
+def _kernels(source: Source, name: str | None, clip: bool | None) -> Kernels:
     how = source.clip if clip is None else (source.clip or 1.0) if clip else None
     learned = bool(getattr(source.denoiser, "learned_range", False))
     fitted = variance_names(source.variances)
     if name is None:
         name = "ocm" if "ocm" in fitted else fitted[0] if fitted else "range" if learned else "big"
     if name == "small":
-        return source.denoiser, Ancestral(spread=False, clip=how), name
+        return Kernels(source.denoiser, Ancestral(spread=False, clip=how), name)
     if name == "range":
         if not learned:
             raise ValueError("`--variance range` needs a network that predicts it: give small or big")
-        return source.denoiser, Ancestral(clip=how, range=True), name
+        return Kernels(source.denoiser, Ancestral(clip=how, range=True), name)
     if name == "big" and source.denoiser.process is not VP:
         raise ValueError("`--variance big` assumes data of unit variance in a VP process: give small, or fit one with "
                          "`quieten variance fit`")  # fmt: skip
     variance = load_variance(source.variances, name, source.denoiser, cap=how**2 if isinstance(how, int | float) else None)
-    return WithCovariance(source.denoiser, variance), Ancestral(clip=how), Path(name).stem
+    return Kernels(WithCovariance(source.denoiser, variance), Ancestral(clip=how), Path(name).stem)
 
 
-def _data(
-    source: Source, name: str, split: str, n: int | None, fit: int, seed: int, batch: int
-) -> tuple[Examples, Examples, Dataset]:
+def _data(source: Source, name: str, asked: Asked) -> tuple[Examples, Examples, Dataset]:
     """What is evaluated, and other examples, of the training data, for what is fitted."""
     shape = source.denoiser.shape if source.encode is None else source.image
     size = {"channels": shape[0], "size": shape[1]} if shape is not None and len(shape) == 3 else {}
+    split, seed = asked.split, asked.seed
     whole, train = (_load(name, part, size) for part in (split, "train"))
-    n = min(500, len(whole) if split == "test" else len(whole) // 2) if n is None else n
+    n = min(500, len(whole) if split == "test" else len(whole) // 2) if asked.n is None else asked.n
     if n > len(whole):
         raise ValueError(f"`-n {n}` exceeds the {len(whole)} examples of {whole.name}'s {split} data: give fewer")
     index = Order(len(whole), n, seed).indices(0)
@@ -171,8 +177,8 @@ def _data(
         train = train.subset(rest)
     if not len(train):
         raise ValueError(f"`-n {n}` leaves no training example to fit the decoder on: give fewer")
-    other = Order(len(train), min(fit, len(train)), seed + 1).indices(0)
-    return _examples(source, whole, index, batch), _examples(source, train, other, batch), whole
+    other = Order(len(train), min(asked.fit, len(train)), seed + 1).indices(0)
+    return _examples(source, whole, index), _examples(source, train, other), whole
 
 
 def _load(name: str, split: str, size: Mapping[str, Any]) -> Dataset:
@@ -188,7 +194,7 @@ def _load(name: str, split: str, size: Mapping[str, Any]) -> Dataset:
         raise
 
 
-def _examples(source: Source, data: Dataset, index: Tensor, batch: int) -> Examples:
+def _examples(source: Source, data: Dataset, index: Tensor) -> Examples:
     x0, labels = data.batch(index)
     if source.encode is not None:
         x0 = source.encode(x0.to(next(iter(source.denoiser.parameters())).device)).float().cpu()
@@ -222,15 +228,16 @@ def _target(source: Source, out: Path | None, name: str) -> Path:
 # ---- decoder and levels
 
 
-def _decoder(source: Source, data: Dataset, name: str, compat: str | None) -> Decoder:
+def _decoder(source: Source, data: Dataset, asked: Asked) -> Decoder:
     """The kind of decoder, its variance still to be fitted."""
+    name = "dequantised" if asked.estimator == "ode" else asked.decoder
     if source.encode is not None or not _of_bytes(data):
-        if name != "discretised":
+        if asked.decoder != "discretised":
             raise ValueError(f"`--decoder {name}` is for 8-bit data: leave it out")
         return Plain()
     if name == "flat":
         return Flat(source.denoiser.process)
-    return Dequantised() if name == "dequantised" else Discretised(compat=compat)
+    return Dequantised() if name == "dequantised" else Discretised(compat=asked.compat)
 
 
 def _of_bytes(data: Dataset) -> bool:
@@ -242,79 +249,71 @@ def _chain(source: Source) -> Tensor:
     return source.grid(CHAIN, None)[:-1].flip(0) if source.table is None else source.table.lam.cpu()
 
 
-@dataclass(frozen=True)
-class Places:
-    """Which levels the bound visits, as the command was told."""
+def _bounded(
+    source: Source, kernels: Kernels, decoder: Decoder, examples: Examples, fitting: Examples, asked: Asked
+) -> tuple[Bound, Decoder]:
+    """The bound, and the decoder as it was fitted."""
+    grid = _places(source, kernels, decoder, fitting, asked)
+    decoder = _fitted(source, decoder, kernels, fitting, grid, asked)
+    transition = kernels.transition if asked.estimator == "bound" else None
+    with Progress(len(examples), 0, "bound") as progress:
+        bound = evaluate(
+            kernels.model, examples.x0, decoder, grid, cond=examples.cond, seed=asked.seed, batch=asked.batch,
+            transition=transition, progress=progress.update,
+        )  # fmt: skip
+    return bound, decoder
 
-    source: Source
-    name: str
-    steps: int
-    levels: int
 
-    def of(
-        self, estimator: str, model: Denoiser, transition: Transition, decoder: Decoder, fitting: Examples, seed: int
-    ) -> Tensor | Schedule:
-        """A grid; for the bound in continuous time a line between the ends of the chain."""
-        chain = _chain(self.source)
-        if estimator == "continuous":
-            finite = chain[chain.isfinite()]
-            return Linear(float(finite[0]), float(finite[-1]))
-        if self.name == "own":
-            return self.source.grid(self.steps, None)
-        if self.steps > len(chain):
-            raise ValueError(f"`--steps {self.steps}` exceeds the {len(chain)} levels of the model: give fewer")
-        if self.name != "optimal":
-            return take(chain, SPACINGS[self.name](self.steps, len(chain)))
-        return self._optimal(chain, model, transition, decoder, fitting, seed)
-
-    def _optimal(
-        self, chain: Tensor, model: Denoiser, transition: Transition, decoder: Decoder, fitting: Examples, seed: int
-    ) -> Tensor:
-        if not isinstance(transition, Ancestral) or transition.range:
-            raise ValueError("`--bound-grid optimal` is for variances that do not depend on the next level: give another grid")
-        chain = chain[linear(max(min(self.levels, len(chain)), self.steps), len(chain)) - 1]
-        there = fitting.on(next(iter(model.parameters())).device)
-        with Progress(len(chain) * len(fitting), 0, "measuring the grid") as progress:
-            costs = edge_costs(
-                model.bind(**there.cond), there.x0, chain, decoder, draws=Draws(seed, 1, range(len(there))),
-                transition=transition, fit=True, progress=lambda done: progress.update(done * len(fitting)),
-            )  # fmt: skip
-        return take(chain, dp_vb(self.steps, costs)[0])
+def _places(source: Source, kernels: Kernels, decoder: Decoder, fitting: Examples, asked: Asked) -> Tensor | Schedule:
+    """The levels that the bound visits; in continuous time a line between the ends of the chain."""
+    chain, name, steps = _chain(source), asked.bound_grid, asked.steps
+    if asked.estimator == "continuous":
+        finite = chain[chain.isfinite()]
+        return Linear(float(finite[0]), float(finite[-1]))
+    if name == "own":
+        return source.grid(steps, None)
+    if steps > len(chain):
+        raise ValueError(f"`--steps {steps}` exceeds the {len(chain)} levels of the model: give fewer")
+    if name != "optimal":
+        return take(chain, SPACINGS[name](steps, len(chain)))
+    if kernels.transition.range:
+        raise ValueError("`--bound-grid optimal` is for variances that do not depend on the next level: give another grid")
+    chain = chain[linear(max(min(asked.levels, len(chain)), steps), len(chain)) - 1]
+    there = fitting.on(next(iter(kernels.model.parameters())).device)
+    with Progress(len(chain) * len(there), 0, "measuring the grid") as progress:
+        costs = edge_costs(
+            kernels.model.bind(**there.cond), there.x0, chain, decoder, draws=Draws(asked.seed, 1, range(len(there))),
+            transition=kernels.transition, fit=True, progress=lambda done: progress.update(done * len(there)),
+        )  # fmt: skip
+    return take(chain, dp_vb(steps, costs)[0])
 
 
 def _fitted(
-    source: Source,
-    decoder: Decoder,
-    model: Denoiser,
-    fitting: Examples,
-    grid: Tensor | Schedule,
-    transition: Transition,
-    seed: int,
-    batch: int,
-    compat: str | None,
+    source: Source, decoder: Decoder, kernels: Kernels, fitting: Examples, grid: Tensor | Schedule, asked: Asked
 ) -> Decoder:
     """The decoder with its variance: fitted on training data, or, as released, the posterior's from level 2 to level 1."""
     clean = float(grid(torch.zeros((), dtype=torch.float64))) if isinstance(grid, Schedule) else float(grid[-2])
     if isinstance(decoder, Flat) and clean < 12.0:
         print(f"the cleanest level has log-SNR {clean:.2f}: the flat decoder is expensive below 13, the discretised one is not")
-    if compat == "official" and source.table is not None:
+    if asked.compat == "official" and source.table is not None:
         first, second = source.table.lam[:2].tolist()
         x = torch.zeros(1, 1, dtype=torch.float64)
-        return Discretised(float(source.denoiser.process.bridge(x, x, second, first).var), compat=compat)
+        return Discretised(float(source.denoiser.process.bridge(x, x, second, first).var), compat=asked.compat)
+    model, transition = kernels.model, kernels.transition
     return fit_decoder(
-        decoder, model, fitting.x0, clean, cond=fitting.cond, seed=seed, batch=batch, transition=transition
+        decoder, model, fitting.x0, clean, cond=fitting.cond, seed=asked.seed, batch=asked.batch, transition=transition
     )  # fmt: skip
 
 
-def _by_ode(source: Source, decoder: Decoder, examples: Examples, steps: int, seed: int, batch: int) -> Bound:
+def _by_ode(source: Source, decoder: Decoder, examples: Examples, asked: Asked) -> Bound:
     """The likelihood of the probability-flow ODE of the denoiser as it is, by one probe, as a bound of a single term."""
-    grid, device, parts = source.grid(steps + 1, None), next(iter(source.denoiser.parameters())).device, []
+    grid, device, parts = source.grid(asked.steps + 1, None), next(iter(source.denoiser.parameters())).device, []
     cell = 2.0 * decoder.pixels.half if decoder.pixels is not None else 1.0
     dims = math.prod(examples.x0.shape[1:])
     with Progress(len(examples), 0, "ODE") as progress:
-        for i in range(0, len(examples), batch):
-            rows = slice(i, min(i + batch, len(examples)))
-            draws = Draws(seed, 0, range(rows.start, rows.stop))
+        for i in range(0, len(examples), asked.batch):
+            rows = slice(i, min(i + asked.batch, len(examples)))
+            draws = Draws(asked.seed, 0, range(rows.start, rows.stop))
             there = Examples(examples.x0[rows], {name: value[rows] for name, value in examples.cond.items()}).on(device)
             x0 = decoder.prepare(there.x0, draws)
             parts.append(log_likelihood(source.denoiser.bind(**there.cond), x0, grid, draws=draws, probes=1).cpu())
