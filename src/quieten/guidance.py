@@ -317,7 +317,8 @@ def _gradient(value: Any, leaf: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"the log-likelihood of {name} does not depend on x through autograd: leave out detach() and no_grad()"
         )
-    return g
+    # a value that is NaN may have a finite gradient, as the untaken branch of torch.where has
+    return g.masked_fill(value.detach().isnan().reshape(-1, *[1] * (g.ndim - 1)), math.nan)
 
 
 def _check_like(g: Any, x: Tensor, what: str) -> None:
