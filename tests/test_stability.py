@@ -88,15 +88,15 @@ def test_it_is_repeatable(process: Process) -> None:
 
 
 def test_guidance_that_fails_is_a_blow_up() -> None:
-    def fragile(x: Tensor, lam: object) -> Tensor:
-        return torch.where(x.abs().amax(1) > 8.0, math.nan, -(x * 5).pow(4).sum(1))
+    def fragile(scale: float) -> Guidance:
+        return Likelihood(lambda x, lam: torch.where(x.abs().amax(1) > 50.0, math.nan, stiff(scale).value(x, lam, VP)), scale)
 
     data = GaussianData(torch.zeros(3), 0.25, VP)
-    result = stability(data, lambda w: Likelihood(fragile, w), lambda k: karras(k, 0.02, 5.0), (3,), n=2, scales=(1e-3, 1.0),
-                       steps=(8,), solvers=("plms",), reference=3000)  # fmt: skip
-    last = result.trials[-1]
-    assert (last.largest, last.distance, last.stable) == (math.inf, math.inf, False)
-    assert "everything blows up" in result.advice()[-1]
+    result = stability(data, fragile, lambda k: karras(k, 0.02, 5.0), (3,), n=2, scales=(3.0,), steps=(20,), solvers=("plms",),
+                       reference=400)  # fmt: skip
+    (trial,) = result.trials
+    assert (trial.largest, trial.distance, trial.stable) == (math.inf, math.inf, False)
+    assert "everything blows up" in result.advice()[0]
     stability_png(result)
 
 
