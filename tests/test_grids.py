@@ -205,6 +205,17 @@ def test_costs_add_up_to_the_bound(process: Process, spread: bool):
         within(6 * float(term.std()) / math.sqrt(n), abs(found - term.mean()), "edge against term")
 
 
+def test_decoders_by_level():
+    """As released: the variance of the decoder is sigma_t^2 where the first step starts at level t."""
+    data = GaussianData(torch.zeros(2), torch.tensor([0.3, 0.6]), VP)
+    chain, x0 = torch.tensor([6.0, 1.0, -5.0], dtype=torch.float64), data.sample(Noise(1, range(50)))
+    by_level = edge_costs(data, x0, chain, lambda lam: Plain(VP.scales(lam)[1] ** 2), draws=Draws(2, 0, range(50)))
+    for t, lam in enumerate(chain.tolist(), 1):
+        one = edge_costs(data, x0, chain, Plain(VP.scales(lam)[1] ** 2), draws=Draws(2, 0, range(50)))
+        assert by_level[0, t] == one[0, t]
+        assert torch.equal(by_level[1:], one[1:])
+
+
 def test_costs_in_another_basis():
     q, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
     data = GaussianData(torch.zeros(3), q @ torch.diag(torch.tensor([0.01, 0.2, 1.0]).double()) @ q.T, VP)

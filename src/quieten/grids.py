@@ -271,7 +271,7 @@ def edge_costs(
     denoiser: Denoiser,
     x0: Tensor,
     levels: Levels,
-    decoder: Decoder,
+    decoder: Decoder | Callable[[float], Decoder],
     *,
     draws: Draws,
     transition: Ancestral | None = None,
@@ -295,7 +295,7 @@ def edge_costs(
         denoiser: Conditions bound.
         x0: Data (B, *).
         levels: The chain of N levels.
-        decoder: For F[0, t].
+        decoder: For F[0, t]; or a function from the level t, a log-SNR, to its decoder.
         draws: As in `elbo`.
         transition: The kernels, with eta = 1; None is `Ancestral()`.
         fit: Give the decoder the variance that suits the error at each level.
@@ -310,7 +310,8 @@ def edge_costs(
         raise ValueError(f"`transition` must be Ancestral(1) without keep_eps and range (got {transition}): the costs are its "
                          "kernel's")  # fmt: skip
     chain = _chain(levels)
-    x0 = decoder.prepare(x0 if x0.device.type == "mps" else x0.double(), draws)
+    at = (lambda _: decoder) if isinstance(decoder, Decoder) else decoder
+    x0 = at(float(chain[0])).prepare(x0 if x0.device.type == "mps" else x0.double(), draws)
     F = torch.full((len(chain) + 1, len(chain) + 1), math.inf, dtype=torch.float64)
     for t, lam_t in enumerate(chain.tolist(), 1):
         alpha, sigma = denoiser.process.scales(lam_t)
@@ -319,7 +320,7 @@ def edge_costs(
         p: Any = step.p
         error = x0 - p.mean if p.basis is None else p.basis.forward(x0 - p.mean)
         e = error.square()
-        own = decoder.fitted(float(e.mean())) if fit else decoder
+        own = at(lam_t).fitted(float(e.mean())) if fit else at(lam_t)
         F[0, t] = own(step, x0, x_t, lam_t).mean()
         lam_s = chain[: t - 1]
         rho = torch.exp(lam_s) * -torch.expm1(lam_t - lam_s)
