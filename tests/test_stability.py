@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from helpers import refuses, within
 from quieten.cli import main
