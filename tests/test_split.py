@@ -210,6 +210,15 @@ def test_the_process_is_only_a_scaling(name):
     within(1e-11, max((path - paths[0]).abs().max() / paths[0].abs().max() for path in paths), name)
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_additive_with_equal_orders_is_joint(k):
+    """Adams-Bashforth is linear: it makes no difference whether the operators are added before or after."""
+    for process in (VP, FLOW):
+        g, data, grid = class_guidance(process, 3.0), toy(process), to_data(8)
+        a = sample(data, STARTS, grid, split("additive", g, k=k, kick_k=k))
+        within(1e-11, (a - sample(Guided(data, g), STARTS, grid, AdamsBashforth(k))).abs().max(), f"order {k}")
+
+
 def test_merged_halves_are_strang_with_the_same_gradient():
     """With a gradient that is constant in x both are the same path, at N + 1 gradients instead of 2 N."""
     constant = Gradient(lambda x, lam: torch.ones_like(x) * math.cos(lam), 2.0)

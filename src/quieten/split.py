@@ -209,7 +209,7 @@ class Split(Transition):
     scheme         network, gradient order, limit of h L      what it is
     ============== ================= ======================== =====================================================
     lie            N, N              1, 2                     LTSP: one kick a step, before ("BA") or after ("AB")
-    strang         N, 2N             1, 4 (2 if accurate)     STSP: half a kick before and half after
+    strang         N, 2N             1, 4                     STSP: half a kick before and half after
     strang_merged  N, N + 1          1, 2                     the same, with one gradient for both halves at a level
     heun           N, 2N             2, 2                     kicks by Heun's method, the network at unkicked states
     heun_pec       N, N              2, 1                     the same, with each predicted gradient used twice
