@@ -96,7 +96,7 @@ def nll(source: str, data: str, **options: Any) -> dict[str, Any]:
         "source": source, "weights": opened.weights, "data": whole.name, "split": asked.split, "n": len(examples),
         "seed": asked.seed, "estimator": asked.estimator, "steps": None if asked.estimator == "continuous" else asked.steps,
         "grid": asked.bound_grid if in_steps else None, "variance": kernels.name if in_steps else None,
-        "decoder": repr(decoder), "compat": asked.compat, "clip": in_steps and kernels.transition.clip is not None,
+        "decoder": _named(decoder, asked), "compat": asked.compat, "clip": in_steps and kernels.transition.clip is not None,
         "fitted_on": f"{len(fitting)} of train", "unit": _unit(opened, bound),
     }  # fmt: skip
     result = {"protocol": protocol, "dims": bound.dims, "terms": _terms(bound, asked.estimator), "steps": _steps(bound)}
@@ -329,6 +329,12 @@ def _unit(source: Source, bound: Bound) -> str:
     if bound.discrete:
         return "bits/dim of the 8-bit data, scaled to [-1, 1]"
     return "latent nats/dim" if source.encode is not None else "nats/dim of the data as given"
+
+
+def _named(decoder: Decoder, asked: Asked) -> str:
+    if asked.estimator != "ode":
+        return repr(decoder)
+    return "none" if decoder.pixels is None else f"uniform dequantisation of {decoder.pixels}"
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
