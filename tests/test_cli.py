@@ -298,6 +298,7 @@ def test_the_recipe_and_the_command_line_mean_the_same_sampler(typed: Type, tmp_
 
     own = image()
     assert image("--transition", "ddim", "--eta", 0.5, "--steps", 3) == own
+    assert image("--transition", "ddim", "--option", "eta=0.5", "--steps", 3) == own
     assert image("--grid", "karras") == own
     assert image("--transition", "ddim", "--eta", 0) != own
     plain = untrained(tmp_path / "plain", "sample.transition=heun", "sample.steps=3").path
@@ -397,6 +398,9 @@ def test_ctrl_c_while_sampling_leaves_nothing(typed: Type, tmp_path: Path, toy: 
     "options, pieces",
     [
         (["--transition", "heunn"], ["transition 'heunn'", "did you mean 'heun'?", "known: "]),
+        (["--transition", "rk45", "--option", "rtol"], ["`--option rtol`", "NAME=VALUE"]),
+        (["--transition", "rk45", "--option", "rtoll=1"], ["`--option rtoll=1`", "'rk45'", "did you mean 'rtol'?"]),
+        (["--transition", "rk45", "--option", "rtol=-1"], ["`rtol`", "-1"]),
         (["--transition", "heun", "--eta", "0.5"], ["`--eta 0.5`", "'heun'", "leave it out"]),
         (["--grid", "leading"], ["`--grid leading`", "'uniform' or 'quadratic'", "leave it out"]),
         (["--label", "botom"], ["`--label botom`", "did you mean 'bottom'?", "number below 2", "top, bottom"]),

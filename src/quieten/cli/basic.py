@@ -68,6 +68,9 @@ def sample(
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of ancestral noise, for samplers that have it.")
     ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Of the sampler, e.g. rtol=1e-4, snr=0.17.")
+    ] = None,
     variance: Annotated[
         str | None, typer.Option(help="Of x0, for ancestral, ocm and ocm-ddim: one that was fitted, or big, fisher, probed.")
     ] = None,
@@ -91,6 +94,8 @@ def sample(
 
         quieten sample ./my-diffusers-model --steps 50 --transition ddim --npz samples.npz -n 1000
 
+        quieten sample zoo:fashion-mnist --transition rk45 --option rtol=1e-3 --option atol=1e-3
+
         quieten sample zoo:fashion-mnist --steps 10 --transition ocm
 
         quieten sample zoo:fashion-mnist --guide Bag --scale 6 --steps 10
@@ -101,8 +106,8 @@ def sample(
 
     run(
         source, steps=steps, transition=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, guide=guide,
-        classifier=classifier, measurement=measurement, mask=mask, std=std, eta=eta, variance=variance, clip=clip, spacing=grid,
-        out=out, npz=npz, batch=batch, weights=weights, device=device,
+        classifier=classifier, measurement=measurement, mask=mask, std=std, eta=eta, options=options or [], variance=variance,
+        clip=clip, spacing=grid, out=out, npz=npz, batch=batch, weights=weights, device=device,
     )  # fmt: skip
 
 
@@ -120,12 +125,21 @@ def samplers() -> None:
 
 @app.command()
 def recipes() -> None:
-    """List the recipes that `train` knows."""
+    """List the recipes that `train` knows: first those for a CPU, then the settings of the papers."""
+    import yaml
+
     from ..config import FOLDER, recipe_names
 
-    for name in recipe_names():
-        with (FOLDER / f"{name}.yaml").open(encoding="utf-8") as file:
-            typer.echo(f"{name:16s} {file.readline().removeprefix('#').strip()}")
+    texts = {name: (FOLDER / f"{name}.yaml").read_text(encoding="utf-8") for name in recipe_names()}
+    large = [name for name, text in texts.items() if yaml.safe_load(text)["train"]["images"] > 20_000_000]
+    width = max(map(len, texts))
+    for title, names in (
+        ("Minutes to hours on a CPU:", [name for name in texts if name not in large]),
+        ("As in the papers, for GPUs and days:", large),
+    ):
+        typer.echo(title)
+        for name in names:
+            typer.echo(f"  {name:{width}s}  {texts[name].splitlines()[0].removeprefix('#').strip()}")
 
 
 @app.command()

@@ -6,12 +6,13 @@ import inspect
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from ..data import to_pixels
@@ -40,6 +41,7 @@ def sample(
     steps: int | None = None,
     transition: str | None = None,
     eta: float | None = None,
+    options: Sequence[str] = (),
     variance: str | None = None,
     spacing: str | None = None,
     label: str | None = None,
@@ -66,7 +68,8 @@ def sample(
     asked: dict[str, Any] = {"classifier": classifier, "measurement": measurement, "mask": mask, "std": std}
     followed = _followed(opened, guide, n, scale, asked)
     transition = "ancestral" if transition is None and variance is not None else transition
-    name, grid, build = _choose(opened, transition, steps, eta, spacing, followed)
+    told = _told(options) | ({} if eta is None else {"eta": eta})
+    name, grid, build = _choose(opened, transition, steps, told, spacing, followed)
     cond, columns = _conditions(opened, n, label, prompt, followed)
     scale = 1.0 if followed is not None else opened.scale if scale is None else scale
     what = _suffix(label, scale) + ("" if followed is None else f"-{followed.words}")
@@ -110,21 +113,39 @@ def _followed(source: Source, guide: str | None, n: int, scale: float | None, as
     return None
 
 
+def _told(options: Sequence[str]) -> dict[str, Any]:
+    """What `--option NAME=VALUE` says of the sampler; the values are YAML."""
+    told = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"`--option {option}` needs NAME=VALUE, such as rtol=1e-4 for rk45")
+        try:
+            told[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"`--option {option}`: the value is not YAML; quote it") from None
+    return told
+
+
 def _choose(
-    source: Source, name: str | None, steps: int, eta: float | None, spacing: str | None, guide: Guide | None
+    source: Source, name: str | None, steps: int, told: Mapping[str, Any], spacing: str | None, guide: Guide | None
 ) -> tuple[str, Tensor, Build]:
     """Name of the sampler, its grid, and how to make it: the source's own options hold while its sampler does.
 
     Classes guide by "strang" unless another is named, measurements by the source's own sampler.
     """
-    from ..parts import find
+    from ..parts import find, nearest
 
     own, options = source.transition
     name = name or (own if guide is None or guide.measured else next(iter(SPLITS)))
-    chosen_options = {**(options if name == own else {}), **({} if eta is None else {"eta": eta})}
+    chosen_options = {**(options if name == own else {}), **told}
     maker = SPLITS[name].make if name in SPLITS else find("transition", name)
-    if eta is not None and "eta" not in inspect.signature(maker).parameters:
-        raise ValueError(f"`--eta {eta:g}` means nothing to the sampler {name!r}: leave it out")
+    known = inspect.signature(maker).parameters
+    for option, value in told.items():
+        if option not in known:
+            given = f"--eta {value:g}" if option == "eta" else f"--option {option}={value}"
+            near = nearest(option, known) or ": leave it out"
+            raise ValueError(f"`{given}` means nothing to the sampler {name!r}{near}")
     try:
         grid = source.grid(steps, spacing)
     except ValueError as error:
