@@ -44,6 +44,7 @@ ZOO = Path(__file__).parents[1] / "src" / "quieten" / "zoo" / "classifiers"
 JOINT = ("ddim", "dpm++", "plms")
 SPLIT = tuple(name for name in SPLITS if name != "ancestral-split")  # that one draws noise: not the same task
 LONG = {"ddim": (50, 250)}  # besides --steps
+REFERENCE = 20_000  # training images that the distance is to
 PATH = 50  # samples whose exact path is followed, by DDIM in 1,000 steps
 
 
@@ -59,7 +60,7 @@ class Judge:
         self.net.load_state_dict({k: v.float() for k, v in load_file(ZOO / f"{NAME}.safetensors").items()})
         self.net.eval()
         self.extractor = Extractor.zoo(NAME)
-        train = load(NAME)
+        train = load(NAME).subset(slice(REFERENCE))
         assert train.labels is not None
         features = self.extractor.extract(train.all())
         self.means = torch.stack([features[train.labels == c].mean(0) for c in range(len(train.classes))])
