@@ -86,6 +86,7 @@ def fit_variance(
     link: Literal["unit", "linear"] = "unit",
     derivative: str = "auto",
     probes: int = 1,
+    estimator: str = "residual",
     train: Train | None = None,
     callbacks: Sequence[Callable[[Row], None]] = (),
 ) -> Fitted:
@@ -103,6 +104,7 @@ def fit_variance(
         link: See `covariance.Learned`.
         derivative: See `jacobian.DERIVATIVES`.
         probes: Sign vectors in a target.
+        estimator: Of "analytic", see `measure_analytic`.
         train: Images, batch, learning rate and so on; None is `PLAN`. For "analytic", `images` is the number of examples, each
             of them taken at every level.
         callbacks: Called with each line of metrics.
@@ -117,9 +119,11 @@ def fit_variance(
     cap = _cap(source, data)
     trunk = fingerprint(source.denoiser)
     if kind == "analytic":
-        return _fit_analytic(source, data, folder, name, plan, cap, trunk)
+        return _fit_analytic(source, data, folder, name, plan, cap, trunk, estimator)
     options = {"head": head, "basis": basis, "block": block, "link": link, "cap": cap}
-    made = make_variance(kind, source.denoiser, **options)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        made = make_variance(kind, source.denoiser, **options)  # type: ignore[arg-type]
     schedule = training_levels(source)
     drop: dict[str, tuple[float, int | float]] = {key: (0.1, value) for key, value in source.null.items() if key == "label"}
     objective = CovarianceMatching(
@@ -157,8 +161,9 @@ def fit_variance(
     return Fitted(file, f"{file}: {kind} head of {size:,} parameters, {summary.images:,} images in {summary.seconds:.0f} s")
 
 
-PLAN = Train(images=100_000, batch=128, lr=2e-3, warmup=5_000, clip=None, ema=10_000, precision="fp32", log_every=20)
-"""How heads are trained unless told otherwise: minutes for a small network."""
+PLAN = Train(images=50_000, batch=32, lr=5e-3, warmup=1_000, clip=None, ema=5_000, precision="fp32", log_every=50)
+"""How heads are trained unless told otherwise: minutes for a small network. Steps are small and many: an example costs
+the same in any batch, and a head of ten thousand parameters profits from every step."""
 
 
 # ---- Analytic-DPM
@@ -169,26 +174,37 @@ def measure_analytic(
     batches: Callable[[], Any],
     lams: Tensor,
     *,
+    estimator: str = "residual",
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean square of the predicted noise per pixel at each level, and its standard error: float64 (N,) each.
+    r"""m of `Analytic` at each level, and its standard error: float64 (N,) each.
 
-    The known mean of the square of the true noise is a control variate, with the coefficient that the examples suggest: where
-    predicted and true noise are nearly the same, in high noise, it removes nearly all of the sampling error, and what is left
-    of 1 - m is the small number it should be.
+    "fisher" is the mean square of the predicted noise, as published. In high noise 1 - m is a tiny number, which any error of
+    the network drowns: the variance then is 0, or huge. "residual" is 1 minus the mean squared error of the predicted noise:
+    the same for an exact network, the best variance for the mean that an inexact one predicts, and accurate at every level.
+    In "fisher" the known mean of the square of the true noise is a control variate, with the coefficient that the examples
+    suggest, which removes most of the sampling error in high noise.
 
     Arguments:
         denoiser: Frozen; conditions free.
         batches: Called for each level, gives an iterable of `Batch`.
         lams: Finite levels (N,).
+        estimator: "residual" or "fisher".
         seed: Key of the noise.
         progress: Called with the number of examples done.
 
+    Raises:
+        ValueError: For an unknown estimator.
+
     References:
-        | Analytic-DPM (Bao et al., 2022), eq. 8 and algorithm 1
+        | Analytic-DPM (Bao et al., 2022), eq. 8 and algorithm 1, for "fisher"
         | https://arxiv.org/abs/2201.06503
+        | Estimating the Optimal Covariance with Imperfect Mean in DPMs (Bao et al., 2022), for "residual"
+        | https://arxiv.org/abs/2206.07309
     """
+    if estimator not in ("residual", "fisher"):
+        raise ValueError(f"`estimator` must be 'residual' or 'fisher' (got {estimator!r})")
     means, errors, done = [], [], 0
     for step, lam in enumerate(lams.tolist()):
         squares, controls = [], []
@@ -198,21 +214,30 @@ def measure_analytic(
             with torch.no_grad():
                 bound = denoiser.bind(**batch.cond)
                 eps = noise_of(bound(noised.x_t, lam), noised.x_t, lam, denoiser)
-            squares.append(eps.flatten(1).double().square().mean(1).cpu())
-            controls.append(noised.eps.flatten(1).double().square().mean(1).cpu() - 1.0)
+            if estimator == "residual":
+                squares.append(1.0 - _mean_square(noised.eps - eps))
+            else:
+                squares.append(_mean_square(eps))
+                controls.append(_mean_square(noised.eps) - 1.0)
             done += len(batch.x0)
             if progress is not None:
                 progress(done)
-        a, b = torch.cat(squares), torch.cat(controls)
-        slope = (a - a.mean()) @ (b - b.mean()) / (b - b.mean()).square().sum().clamp_min(1e-300)
-        kept = a - slope * b
-        means.append(kept.mean())
-        errors.append(kept.std() / math.sqrt(len(kept)))
+        a = torch.cat(squares)
+        if controls:
+            b = torch.cat(controls)
+            a = a - (a - a.mean()) @ (b - b.mean()) / (b - b.mean()).square().sum().clamp_min(1e-300) * b
+        means.append(a.mean())
+        errors.append(a.std() / math.sqrt(len(a)))
     return torch.stack(means), torch.stack(errors)
 
 
+def _mean_square(x: Tensor) -> Tensor:
+    """Of each example: float64 (B,) on the CPU."""
+    return x.flatten(1).double().square().mean(1).cpu()
+
+
 def _fit_analytic(
-    source: Source, data: Dataset, folder: Path, name: str, plan: Train, cap: Any, trunk: str, count: int = 40
+    source: Source, data: Dataset, folder: Path, name: str, plan: Train, cap: Any, trunk: str, estimator: str, count: int = 40
 ) -> Fitted:
     high, low = schedule_ends(training_levels(source))
     lams = torch.linspace(low, high, count, dtype=torch.float64)
@@ -233,11 +258,14 @@ def _fit_analytic(
                 raise _StoppedError
 
         try:
-            m, error = measure_analytic(source.denoiser, batches, lams, seed=plan.seed, progress=update)
+            m, error = measure_analytic(source.denoiser, batches, lams, estimator=estimator, seed=plan.seed, progress=update)
         except _StoppedError:
             return Fitted(None, f"{folder / name}: stopped{stop.reason}, nothing is kept of a table that is not complete")
-    facts = {"kind": "analytic", "cap": cap, "trunk": trunk, "data": data.name, "images": n, "levels": [high, low],
-             "seed": plan.seed, "largest_error": float((error / (1.0 - m).abs().clamp_min(1e-12)).max())}  # fmt: skip
+    facts = {
+        "kind": "analytic", "estimator": estimator, "cap": cap, "trunk": trunk, "data": data.name, "images": n,
+        "levels": [high, low], "seed": plan.seed,
+        "largest_error": float((error / (1.0 - m).abs().clamp_min(1e-12)).max()),
+    }  # fmt: skip
     file = save_variance(folder, name, Analytic(lams, m, error), facts)
     return Fitted(file, f"{file}: variances of {count} levels from {n:,} images")
 

@@ -35,6 +35,9 @@ def fit(
     link: Annotated[str, typer.Option(help="unit keeps the variance positive, linear is as published.")] = "unit",
     derivative: Annotated[str, typer.Option(help="auto, vjp, fd (finite differences) or jvp.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Sign vectors in a target of ocm.")] = 1,
+    estimator: Annotated[
+        str, typer.Option(help="Of analytic: residual (its squared errors), or fisher as published.")
+    ] = "residual",
     name: Annotated[str | None, typer.Option(help="What it is loaded by. Default: the kind, with -dct in that basis.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder. Default: `variance` in the run; ./variance for zoo and hub.")
@@ -64,7 +67,7 @@ def fit(
 
     done = run(
         source, data, kind=kind, head=head, basis=basis, block=block, link=link, derivative=derivative, probes=probes,
-        name=name, out=out, images=images, batch=batch, lr=lr, seed=seed, weights=weights, device=device,
+        estimator=estimator, name=name, out=out, images=images, batch=batch, lr=lr, seed=seed, weights=weights, device=device,
     )  # fmt: skip
     if not done:
         raise typer.Exit(130)
@@ -87,8 +90,9 @@ def show(
 ) -> None:
     """Compare variances with the errors they should predict, level by level.
 
-    Calibration is the mean squared error of the estimate of x0 divided by the mean of the variance: 1 is right. The mean of
-    log variance + error / variance tells which variance is best where (lower). Clamped is the share that had to be bounded.
+    Error / variance is the mean squared error of the estimate of x0 over the mean of the variance: 1 is right. The score is
+    what the bound on the likelihood pays for it in a step to the next level, lower is better. Clamped is the share that had
+    to be raised to 0.
 
     Examples:
 

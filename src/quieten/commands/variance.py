@@ -48,7 +48,7 @@ def fit(
         known = (*KINDS, "analytic")
         raise ValueError(f"`--kind {kind}` is unknown{nearest(kind, known)} (known: {', '.join(known)})")
     opened = open_source(source, weights, device)
-    default = 2000 if kind == "analytic" else PLAN.images
+    default = 500 if kind == "analytic" else PLAN.images
     changes = {"images": default if images is None else images, "seed": seed, "batch": batch, "lr": lr}
     plan = type(PLAN)(**{**PLAN.model_dump(), **{key: value for key, value in changes.items() if value is not None}})
     fitted = fit_variance(opened, examples(opened, data), kind=kind, train=plan, **options)
@@ -92,8 +92,9 @@ def calibration(
         batch: Examples at once.
 
     Returns:
-        For each level "lam", "ratio" (mean squared error / mean variance), "score" (mean of log variance + error / variance, in
-        the coordinates in which the variance is diagonal), "error" (mean squared error) and "clamped" (share below 0).
+        For each level "lam", "ratio" (mean squared error / mean variance), "score" (what the variational bound of a step to
+        the next level pays for this variance: the mean of log u + error / u, u the variance plus that of the step's own noise
+        seen from x0, in the coordinates in which it is diagonal), "error" (mean squared error), "clamped" (share below 0).
     """
     device = next(opened.denoiser.parameters()).device
     out: dict[str, list[dict[str, float]]] = {}
@@ -102,6 +103,9 @@ def calibration(
         model = WithCovariance(opened.denoiser, source)
         rows = []
         for step, lam in enumerate(lams.tolist()):
+            finer = lams[lams > lam]
+            gap = float(finer.min() if len(finer) else lam + 1.0) - lam
+            own = math.exp(-lam - gap) / -math.expm1(-gap)  # w / b^2 of the kernel
             sums = torch.zeros(4, dtype=torch.float64)
             if isinstance(source, VarianceSource):
                 source.clear()
@@ -116,7 +120,7 @@ def calibration(
                     p = model(noised.x_t, lam, **cond)
                 residual = x0 - p.mean
                 square = (residual if p.basis is None else p.basis.forward(residual)).square().double()
-                var = p.var.double().to(square).expand_as(square).clamp_min(1e-12)
+                var = p.var.double().to(square).expand_as(square)
                 sums += torch.stack(
                     [square.sum(), var.sum(), (var.log() + square / var).sum(), square.new_tensor(square.numel())]
                 ).cpu()
