@@ -115,7 +115,7 @@ def posterior(
     chunk = chunk or max(64, (2**25 if large else 2**18) // max(1, x.shape[1]))  # on a CPU: what its cache holds
     rows = max(1, _WEIGHTS * (32 if large else 1) // len(refs))
     with full_precision(x.device):
-        shared = _Shared(refs, unpacked(refs[:1024], width).mean(0), tail, chunk, spread)
+        shared = _Shared(refs, unpacked(refs[:256], width).mean(0), tail, chunk, spread)
         parts = []
         for start in range(0, max(len(x), 1), rows):
             at = slice(start, start + rows)
@@ -135,7 +135,7 @@ class _Shared:
     """What all rows have in common; arguments as in `posterior`."""
 
     refs: Tensor
-    centre: Tensor  # (D,), the mean reference
+    centre: Tensor  # (D,), about the mean reference: any point will do, a near one keeps more digits
     tail: float | None
     chunk: int
     spread: bool
