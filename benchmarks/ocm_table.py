@@ -66,6 +66,10 @@ class Bench:
     folders: tuple[Path, ...]
     cache: Path
     batch: int
+    fraction: float = 1.0
+
+    def n(self, table: dict[int, int], steps: int) -> int:
+        return max(2, round(self.fraction * table[steps]))
 
     @cached_property
     def source(self) -> Any:
@@ -127,13 +131,13 @@ class Bench:
         )
 
     def bound(self, variance: str, steps: int, kind: str) -> dict[str, Any]:
-        path = self.file(variance, kind, steps, EXAMPLES[steps]).with_suffix(".json")
+        path = self.file(variance, kind, steps, self.n(EXAMPLES, steps)).with_suffix(".json")
         if path.is_file():
             return json.loads(path.read_text())
         model, source = self.model(variance)
         transition = Ancestral(spread=variance != "small", clip=1.0)
         grid = self.source.grid(steps, None) if kind == "own" else self.optimal(variance, model, transition, steps)
-        x0, cond = self.some(self.test, EXAMPLES[steps], 0)
+        x0, cond = self.some(self.test, self.n(EXAMPLES, steps), 0)
         if isinstance(source, VarianceSource):
             source.clear()
         decoder = self.decoder
@@ -168,7 +172,7 @@ class Bench:
 
     def samples(self, variance: str, kernel: str, steps: int, seed: int, make: bool = True) -> Tensor | None:
         """Samples as bytes (n, C, H, W)."""
-        n = SAMPLES[steps]
+        n = self.n(SAMPLES, steps)
         path = self.file(variance, kernel, steps, seed, n).with_suffix(".pt")
         if path.is_file():
             return torch.load(path, weights_only=True)
@@ -249,21 +253,40 @@ def show(bench: Bench) -> None:
             row = [results[variance, s] for s in STEPS]
             if any(row):
                 print(f"| {variance} | " + " | ".join("" if r is None else r.figure() for r in row) + " |")
-    first = min(3 * SAMPLES[5], len(bench.test))
+    grain(bench)
+    first = min(3 * bench.n(SAMPLES, 5), len(bench.test))
     print(f"\n{first} test images: {bench.distance(bench.test.all()[:first])}")
     for kind in ("own", "optimal"):
-        cells = {(v, s): _cached(bench.file(v, kind, s, EXAMPLES[s])) for v in bench.variances for s in STEPS}
-        heads = " | ".join(f"{s} (n={EXAMPLES[s]})" for s in STEPS)
+        cells = {(v, s): _cached(bench.file(v, kind, s, bench.n(EXAMPLES, s))) for v in bench.variances for s in STEPS}
+        heads = " | ".join(f"{s} (n={bench.n(EXAMPLES, s)})" for s in STEPS)
         print(f"\nbits/dim, {kind} grid; in brackets the share of variances that had to be raised to 0\n")
         print(f"| variance | {heads} |\n|---|{'---|' * len(STEPS)}")
         for variance in bench.variances:
             print(f"| {variance} | " + " | ".join(_bits(cells[variance, s]) for s in STEPS) + " |")
     print("\ndifference from ocm on the same examples and noise, bits/dim, own grid\n")
     print(f"| variance | {heads} |\n|---|{'---|' * len(STEPS)}")
-    cells = {(v, s): _cached(bench.file(v, "own", s, EXAMPLES[s])) for v in bench.variances for s in STEPS}
+    cells = {(v, s): _cached(bench.file(v, "own", s, bench.n(EXAMPLES, s))) for v in bench.variances for s in STEPS}
     for variance in bench.variances:
         if variance != "ocm" and ("ocm", STEPS[0]) in cells:
             print(f"| {variance} | " + " | ".join(_difference(cells[variance, s], cells["ocm", s]) for s in STEPS) + " |")
+
+
+def grain(bench: Bench) -> None:
+    """Prints how much fine detail samples have: the energy of Haar's diagonal coefficients over that of test images."""
+
+    def energy(pixels: Tensor) -> float:
+        x = pixels.float() / 127.5 - 1
+        detail = x[..., ::2, ::2] - x[..., 1::2, ::2] - x[..., ::2, 1::2] + x[..., 1::2, 1::2]
+        return float(detail.square().mean())
+
+    real = energy(to_pixels(bench.test.all()))
+    for kernel in ("ddpm", "ddim"):
+        print(f"\nfine detail over that of test images, {kernel.upper()} kernel\n")
+        print(f"| variance | {' | '.join(map(str, STEPS))} |\n|---|{'---|' * len(STEPS)}")
+        for variance in bench.variances:
+            found = [bench.samples(variance, kernel, steps, 0, make=False) for steps in STEPS]
+            if any(x is not None for x in found):
+                print(f"| {variance} | " + " | ".join("" if x is None else f"{energy(x) / real:.2f}" for x in found) + " |")
 
 
 def _cached(path: Path) -> dict[str, Any] | None:
@@ -299,6 +322,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("runs/ocm-table"))
     parser.add_argument("--steps", type=lambda text: [int(word) for word in text.split(",")], default=list(STEPS))
     parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the numbers of samples and examples")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop measuring after this much processor time")
     parser.add_argument("--show", action="store_true", help="print what was measured before, and measure nothing")
@@ -307,7 +331,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     folders = tuple(args.variances or open_source(args.source).variances)
     args.cache.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.source, args.data, folders, args.cache, args.batch)
+    bench = Bench(args.source, args.data, folders, args.cache, args.batch, args.fraction)
     print(header(), f"\n{args.source}, variances: {', '.join(bench.variances)}", flush=True)
     print(f"{bench.extractor.name} {bench.extractor.hash[:12]}, against {len(bench.train)} training images", flush=True)
     for what, job in () if args.show else jobs(bench, args.steps):
