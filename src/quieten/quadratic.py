@@ -140,7 +140,7 @@ class ExactKick(Kick):
     def _spectrum(self, H: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues and vectors of H H^T."""
         if self._cache is None or self._cache[0] is not H:
-            values, vectors = torch.linalg.eigh((H @ H.T).double())
+            values, vectors = torch.linalg.eigh(H.detach().cpu().double() @ H.detach().cpu().double().T)
             self._cache = H, values.clamp_min(0.0), vectors
         return self._cache[1:]
 

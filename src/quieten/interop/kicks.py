@@ -73,7 +73,7 @@ def kick_callback(scheduler: Any, guidance: KickFn) -> Callable[[Any, int, Any, 
         times = scheduler.timesteps
         if index + 1 >= len(times):
             return {}  # the data: a kick of length times sigma 0
-        lam_t, lam_s = levels.at(times[index : index + 2].double().cpu()).tolist()
+        lam_t, lam_s = levels.at(times[index : index + 2].cpu().double()).tolist()
         latents, (alpha, _) = kwargs["latents"], VP.scales(lam_s)
         x = wide(latents) * (alpha if scaled else 1.0)
         x, _ = EulerKick()(force, x, lam_s, Span.between(lam_t, lam_s))

@@ -248,7 +248,7 @@ class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x0 + sigma noise at training time steps (B,)."""
-        lam = self.table.at(timesteps.double().cpu())
+        lam = self.table.at(timesteps.cpu().double())
         alpha, sigma = (s.to(original_samples).reshape(-1, *[1] * (original_samples.ndim - 1)) for s in VP.scales(lam))
         return alpha * original_samples + sigma * noise
 
