@@ -37,7 +37,6 @@ class Source:
         weights: Which weights these are, for the record.
         encode: From images to what the denoiser works on, for latent models.
         image: Shape (C, H, W) of those images.
-        table: The levels that the network was trained on, where they are a table.
         schedule: The curve of levels that the network was trained on, None where it is unknown.
         encoder: What the bound of the network was trained with, None without.
         variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
@@ -57,10 +56,14 @@ class Source:
     weights: str = "pretrained"
     encode: Callable[[Tensor], Tensor] | None = None
     image: tuple[int, ...] | None = None
-    table: Table | None = None
     schedule: Schedule | None = None
     encoder: Encoder | None = None
     variances: tuple[Path, ...] = ()
+
+    @property
+    def table(self) -> Table | None:
+        """The levels that the network was trained on, where they are a table."""
+        return self.schedule if isinstance(self.schedule, Table) else None
 
     @property
     def draws_pictures(self) -> bool:
@@ -131,7 +134,6 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         scale=section.scale if classes else 1.0,
         clip=1.0 if (pictures if section.clip is None else section.clip) else None,
         weights=weights if path.is_dir() else "exported",
-        table=_table(curve),
         schedule=curve,
         encoder=beside.encoder,
         variances=_variances(source, path),
@@ -166,11 +168,6 @@ def _from_diffusers(source: str, device: str) -> Source:
         prompt=loaded.prompt,
         encode=loaded.codec.encode if loaded.codec else None,
         image=loaded.codec.image_of(loaded.denoiser.shape) if loaded.codec else None,
-        table=_table(loaded.schedule),
         schedule=loaded.schedule,
         variances=_variances(source, Path(source).expanduser()),
     )
-
-
-def _table(schedule: Schedule) -> Table | None:
-    return schedule if isinstance(schedule, Table) else None
