@@ -122,7 +122,7 @@ def calibration(
                 square = (residual if p.basis is None else p.basis.forward(residual)).square().double()
                 var = p.var.double().to(square).expand_as(square)
                 sums += torch.stack(
-                    [square.sum(), var.sum(), (var.log() + square / var).sum(), square.new_tensor(square.numel())]
+                    [square.sum(), var.sum(), ((var + own).log() + square / (var + own)).sum(), var.new_tensor(var.numel())]
                 ).cpu()
             error, mean, score = (sums[:3] / sums[3]).tolist()
             clamped = source.clamped.below if isinstance(source, VarianceSource) else 0.0
