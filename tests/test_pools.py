@@ -179,6 +179,25 @@ def test_references_of_other_classes_would_bias_it() -> None:
     )
 
 
+def test_leaving_the_source_out_biases_it() -> None:
+    data = small()
+    index = torch.arange(4)
+    x0, _ = data.batch(index)
+    noised = noised_by(VE, x0, torch.zeros(4, dtype=torch.float64), Draws(0, 0, range(4)))
+    got = StableTarget(BankPool(data), None, source_in_set=False)(noised, Batch(x0, index, {}))
+    mask = torch.arange(12)[None] != index[:, None]
+    want = stable_target(noised.x_t, data.images, 1.0, 1.0, mask=mask)
+    within(1e-12, (got.x0 - want).abs().max(), "target from the others")
+    alone = StableTarget(None, source_in_set=False)(
+        noised_by(VE, x0[:1], torch.zeros(1), Draws(0, 0, [0])), Batch(x0[:1], index[:1], {})
+    )
+    assert torch.equal(alone.x0, x0[:1]), "nothing else there: the plain target"
+    assert (
+        worst_bias(*residuals(StableTarget(BankPool(data), 8, source_in_set=False, match=()), data, 150, null=1.0, sigma=0.4))
+        > 6
+    )
+
+
 def test_examples_left_over_from_the_clusters_keep_the_plain_target() -> None:
     data = small(11)
     pool = ClusterPool(data, size=4)

@@ -185,6 +185,8 @@ def test_the_recipe_section_is_checked() -> None:
         toy_recipe("target={kind: stable, pool: banks}")
     with refuses("target", "quiet"):
         toy_recipe("target=quiet")
+    with refuses("section `target`", "objective.kind=denoising"):
+        build_update(toy_recipe("target=stable", "objective.kind=bound"), toy_data())
     with refuses("`references` must be at least 1"):
         build_update(toy_recipe("target={kind: stable, references: 0}"), toy_data())
     with refuses("`pool` 'class' needs labels"):

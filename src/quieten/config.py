@@ -239,6 +239,9 @@ def build_objective(recipe: Recipe, data: Dataset | None = None) -> Objective:
     """The loss, with what it learns itself; `data` for objectives that look at all of it."""
     from .parts import build
 
+    if recipe.objective.kind == "bound" and recipe.section("target") is not None:
+        raise ValueError("section `target` says what denoising regresses on, the variational bound does not: leave it out, or "
+                         "take objective.kind=denoising")  # fmt: skip
     return build("objective", recipe.objective.kind, {}, recipe=recipe, data=data)
 
 

@@ -231,6 +231,7 @@ class StableTarget:
         match: Conditions that references must share; None is all that the batch has. Leaving one out that the network sees
             biases what it learns about it: `()` is the official code's behaviour.
         flip: Whether examples were mirrored at random without the network being told: each reference then counts mirrored too.
+        source_in_set: False leaves each example out of its own references: biased, to see by how much.
         precise: As in `stable_target`.
 
     References:
@@ -246,13 +247,14 @@ class StableTarget:
         null: Mapping[str, float] | None = None,
         match: Collection[str] | None = None,
         flip: bool = False,
+        source_in_set: bool = True,
         precise: bool | None = None,
     ):
         if references is not None and references < 1:
             raise ValueError(f"`references` must be at least 1 (got {references}), or None for the whole pool")
         self.pool, self.references = ReferencePool() if pool is None else pool, references
         self.null, self.match, self.flip = dict(null or {}), match, flip
-        self.precise = precise
+        self.source_in_set, self.precise = source_in_set, precise
         self._warned = False
 
     @property
@@ -298,6 +300,10 @@ class StableTarget:
             x_t, x0 = mirrored(x_t, label), mirrored(x0, label)
         mask, unknown = self._mask(told, refs)
         plain = plain.to(x0.device) if unknown is None else plain.to(x0.device) | unknown
+        if not self.source_in_set:
+            others = (batch.index[:, None].cpu() != refs.index[None]).to(x0.device)
+            mask = others if mask is None else mask & others
+            plain = plain | ~mask.any(1)
         if mask is not None:
             mask |= plain[:, None]  # their averages are not used, but must exist
         shift, within = self._posterior(x_t, x0, refs, noised, mask)

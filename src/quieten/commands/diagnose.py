@@ -17,6 +17,7 @@ from ..data import Dataset, load
 from ..diagnosis import NetworkLoss, TargetVariance, level_density, network_loss, target_variance
 from ..files import write_atomic, writing
 from ..pools import distinct
+from ..process import PROCESSES
 from ..progress import Progress
 from ..schedule import Schedule
 from ..source import Source, open_source
@@ -47,6 +48,9 @@ def diagnose(
         ValueError: For data that do not fit the model, a model that takes text, or a folder that cannot be written.
     """
     opened = open_source(source, weights, device)
+    if opened.denoiser.process not in PROCESSES.values():
+        raise ValueError(f"`source` noises encoded data ({opened.denoiser.process}) and regresses on another mean: measure it "
+                         "with `quieten nll`")  # fmt: skip
     folder = _folder(opened, out)
     examples, labels, name = _examples(opened, data, split, bank, seed, batch)
     lam = _levels(opened.schedule, levels)
