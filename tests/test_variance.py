@@ -246,3 +246,51 @@ def test_the_zoo_brings_variances_along():
         assert p.var.isfinite().all()
         assert 0 < float(p.var.mean()) < math.inf
     assert isinstance(load_variance(opened.variances[1:], "ocm", opened.denoiser), HessianDiagonal)
+
+
+def test_a_diffusers_folder_keeps_its_variance_beside_the_model(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "theirs")
+    for words in (
+        ("variance", "fit", tmp_path / "theirs", "digits", "--images", 16, "--batch", 8, "--device", "cpu"),
+        (
+            "sample",
+            tmp_path / "theirs",
+            "--transition",
+            "ocm",
+            "--steps",
+            3,
+            "-n",
+            2,
+            "--out",
+            tmp_path / "a.png",
+            "--device",
+            "cpu",
+        ),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, words)))
+        assert ended.value.code == 0, capsys.readouterr().err
+    facts = json.loads((tmp_path / "theirs" / "variance" / "ocm.json").read_text())
+    assert facts["levels"][0] > 9.0  # the table's own ends
+    assert facts["data"] == "digits"
+
+
+def test_latents_are_bounded_channel_by_channel(opened):
+    from dataclasses import replace
+
+    from quieten.denoiser import Preconditioned
+    from quieten.nets import UNet
+
+    latents = Dataset("latents", torch.randn(40, 2, 8, 8) * torch.tensor([1.0, 5.0]).reshape(2, 1, 1), None, ())
+    denoiser = Preconditioned(UNet(2, 8, width=8, detail=4), VP, "v", lambda lam: -lam / 8, shape=(2, 8, 8)).eval()
+    latent = replace(opened, denoiser=denoiser, classes=(), null={})
+    fit_variance(latent, latents, train=PLAN)
+    source = load_variance(opened.variances, "ocm", denoiser)
+    reach = 0.25 * (latents.images.amax((0, 2, 3)) - latents.images.amin((0, 2, 3))).square()
+    torch.testing.assert_close(source.cap.flatten().float(), reach, rtol=1e-5, atol=0)
+    assert (WithCovariance(denoiser, source)(torch.randn(2, 2, 8, 8), -8.0).var <= source.cap).all()
