@@ -8,7 +8,7 @@ import torch
 
 from quieten.config import Recipe, build_sampler, build_schedule, load_recipe, resolve, with_overrides
 from quieten.data import Dataset
-from quieten.fit import fit
+from quieten.fit import _learning_rate, fit
 from quieten.oracle import GaussianData
 from quieten.parts import build
 from quieten.process import PROCESSES
@@ -146,3 +146,12 @@ def test_averages_and_warm_up_are_the_papers() -> None:
         assert math.isclose(0.5 ** (plan.batch / plan.ema), rate, rel_tol=1e-6)
     plan = load_recipe("cifar10-edm-stf").train
     assert (plan.ema, plan.ema_warmup, plan.warmup) == (500_000, 0.05, 10_000_000)
+
+
+def test_the_learning_rate_is_edms(golden) -> None:
+    """Of the official loop after so many images, but for its first step, whose rate is 0: here each comes a step earlier."""
+    plan, arrays = load_recipe("cifar10-edm-stf").train, golden("stf_schedules")
+    for images, theirs in zip(arrays["ramp_cur_nimg"][1:], arrays["ramp_lr"][1:], strict=True):
+        step, rest = divmod(int(images), plan.batch)
+        if not rest:
+            assert math.isclose(_learning_rate(plan, step - 1, 390_625), theirs, rel_tol=1e-12)
