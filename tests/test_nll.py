@@ -187,6 +187,23 @@ def test_data_that_do_not_fit(typed: Type, run: Run, tmp_path: Path):
     assert "bits" not in ran.out
 
 
+@pytest.mark.parametrize("encoder", ["contraction", "{kind: compact, width: 16, mult: [1, 1]}"])
+def test_a_model_with_an_encoder(typed: Type, tmp_path: Path, encoder: str):
+    """DiffEnc: the encoder of the run takes part, and what has no meaning for it is refused."""
+    torch.manual_seed(0)
+    run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule={kind: linear}", f"encoder={encoder}")
+    tensors = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in build_update(run.recipe).state_dict().items()}
+    run.save(Checkpoint(1, tensors, tensors, {}))
+    for options in ((), ("--estimator", "continuous"), ("--decoder", "flat")):
+        result = read(typed("nll", run.path, "digits", *SMALL, *options))
+        assert math.isfinite(result["terms"]["total"]["nats"])
+    assert result["protocol"]["variance"] == "small"
+    for options in (("--estimator", "ode"), ("--variance", "big"), ("--bound-grid", "optimal")):
+        ran = typed("nll", run.path, "digits", *SMALL, *options)
+        assert ran.code == 2
+        assert len(ran.err.strip().splitlines()) == 1
+
+
 # ---- diffusers
 
 

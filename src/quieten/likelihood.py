@@ -216,6 +216,7 @@ def fit_decoder(
     cond: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     batch: int = 64,
+    encoder: Encoder | None = None,
     transition: Transition | None = None,
 ) -> Decoder:
     """The decoder with the variance that suits the denoiser at the cleanest level; see `Decoder.fitted`.
@@ -228,18 +229,19 @@ def fit_decoder(
         cond: As in `evaluate`.
         seed: Of the noise.
         batch: Examples at once.
+        encoder: As in `elbo`.
         transition: The one of the bound, whose clipping counts; None is `Ancestral()`.
     """
     if not decoder.uses_step:
         return decoder
     transition, device, total = transition or Ancestral(), _device_of(denoiser), 0.0
-    alpha, sigma = denoiser.process.scales(lam)
     for i in range(0, len(x0), batch):
         rows = slice(i, min(i + batch, len(x0)))
         bound = denoiser.bind(**{name: value[rows].to(device) for name, value in (cond or {}).items()})
         draws = Draws(seed, 0, range(rows.start, rows.stop))
         x = decoder.prepare(x0[rows].to(device, x0.dtype if device.type == "mps" else torch.float64), draws)
-        step = transition(bound, alpha * x + sigma * draws.normal(x, "fit decoder"), lam, math.inf)
+        _, x_t = _noised(denoiser.process, x, lam, encoder, draws, -1)
+        step = transition(bound, x_t, lam, math.inf)
         total += float((x - step.p.mean).square().sum())
     if not x0.numel():
         raise ValueError("`x0` holds no training data to fit the decoder on: give some, or a decoder with a variance")
@@ -315,8 +317,14 @@ def _noised(
 
 
 def _encoded(encoder: Encoder, x0: Tensor, lam: float) -> Tensor:
-    encoded: Tensor = encoder(x0, torch.full((len(x0),), lam, dtype=x0.dtype, device=x0.device))
-    return encoded
+    """Encoded data (B, *) at a level, computed in the encoder's own precision."""
+    dtype = _dtype_of(encoder, x0)
+    encoded: Tensor = encoder(x0.to(dtype), torch.full((len(x0),), lam, dtype=dtype, device=x0.device))
+    return encoded.to(x0)
+
+
+def _dtype_of(encoder: Encoder, x0: Tensor) -> torch.dtype:
+    return next((p.dtype for p in encoder.parameters()), x0.dtype)
 
 
 def _kernel(step: Step) -> Gaussian:
@@ -371,7 +379,8 @@ def _noise_error(denoiser: Denoiser, x0: Tensor, lam: Tensor, draws: Draws, enco
     process, eps = denoiser.process, draws.normal(x0, "bound diffusion")
     alpha, sigma = process.scales_over(lam, x0)
     if encoder is not None:
-        m, rate = encoder.with_rate(x0, lam)
+        dtype = _dtype_of(encoder, x0)
+        m, rate = (part.to(x0) for part in encoder.with_rate(x0.to(dtype), lam.to(dtype)))
         x = denoiser(alpha * m + sigma * eps, lam)
         moved: Any = getattr(process, "rate", None)  # the counterterm of a process of encoded data
         difference = m + rate - x.mean - (0.0 if moved is None else moved(x, lam))

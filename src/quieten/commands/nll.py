@@ -21,7 +21,7 @@ from ..likelihood import Bound, evaluate, fit_decoder, log_likelihood
 from ..noise import Draws
 from ..process import VP
 from ..progress import Progress
-from ..schedule import Linear, Schedule
+from ..schedule import Linear, Schedule, Table
 from ..source import Source, open_source
 from ..transition import Ancestral
 from ..variance import load_variance, variance_names
@@ -147,7 +147,8 @@ def _kernels(source: Source, name: str | None, clip: bool | None) -> Kernels:
     learned = bool(getattr(source.denoiser, "learned_range", False))
     fitted = variance_names(source.variances)
     if name is None:
-        name = "ocm" if "ocm" in fitted else fitted[0] if fitted else "range" if learned else "big"
+        plain = "big" if source.denoiser.process is VP else "small"  # encoded data, too, have the posterior's own
+        name = "ocm" if "ocm" in fitted else fitted[0] if fitted else "range" if learned else plain
     if name == "small":
         return Kernels(source.denoiser, Ancestral(spread=False, clip=how), name)
     if name == "range":
@@ -259,7 +260,7 @@ def _bounded(
     with Progress(len(examples), 0, "bound") as progress:
         bound = evaluate(
             kernels.model, examples.x0, decoder, grid, cond=examples.cond, seed=asked.seed, batch=asked.batch,
-            transition=transition, progress=progress.update,
+            encoder=source.encoder, transition=transition, progress=progress.update,
         )  # fmt: skip
     return bound, decoder
 
@@ -268,6 +269,8 @@ def _places(source: Source, kernels: Kernels, decoder: Decoder, fitting: Example
     """The levels that the bound visits; in continuous time a line between the ends of the chain."""
     chain, name, steps = _chain(source), asked.bound_grid, asked.steps
     if asked.estimator == "continuous":
+        if source.schedule is not None and not isinstance(source.schedule, Table) and _has_ends(source.schedule):
+            return source.schedule  # which may have learned to make the estimate vary little
         finite = chain[chain.isfinite()]
         return Linear(float(finite[0]), float(finite[-1]))
     if name == "own":
@@ -276,8 +279,8 @@ def _places(source: Source, kernels: Kernels, decoder: Decoder, fitting: Example
         raise ValueError(f"`--steps {steps}` exceeds the {len(chain)} levels of the model: give fewer")
     if name != "optimal":
         return take(chain, SPACINGS[name](steps, len(chain)))
-    if kernels.transition.range:
-        raise ValueError("`--bound-grid optimal` is for variances that do not depend on the next level: give another grid")
+    if kernels.transition.range or source.encoder is not None:
+        raise ValueError("`--bound-grid optimal` is not for learned ranges, nor for models with an encoder: give another grid")
     chain = chain[linear(max(min(asked.levels, len(chain)), steps), len(chain)) - 1]
     there = fitting.on(next(iter(kernels.model.parameters())).device)
     with Progress(len(chain) * len(there), 0, "measuring the grid") as progress:
@@ -286,6 +289,11 @@ def _places(source: Source, kernels: Kernels, decoder: Decoder, fitting: Example
             transition=kernels.transition, fit=True, progress=lambda done: progress.update(done * len(there)),
         )  # fmt: skip
     return take(chain, dp_vb(steps, costs)[0])
+
+
+def _has_ends(schedule: Schedule) -> bool:
+    with torch.no_grad():
+        return bool(schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).isfinite().all())
 
 
 def _fitted(
@@ -301,7 +309,8 @@ def _fitted(
         return Discretised(float(source.denoiser.process.bridge(x, x, second, first).var), compat=asked.compat)
     model, transition = kernels.model, kernels.transition
     return fit_decoder(
-        decoder, model, fitting.x0, clean, cond=fitting.cond, seed=asked.seed, batch=asked.batch, transition=transition
+        decoder, model, fitting.x0, clean, cond=fitting.cond, seed=asked.seed, batch=asked.batch, encoder=source.encoder,
+        transition=transition,
     )  # fmt: skip
 
 
