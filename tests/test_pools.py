@@ -279,5 +279,9 @@ def test_an_augmentation_that_the_network_is_told_of() -> None:
     want = mirrored(upright, augment)
     within(1e-12, (got.x0 - want)[only_mirrored].abs().max(), "undone, averaged, done again")
     within(1e-12, ((got.eps * math.e + got.x0) - noised.x_t).abs().max(), "x_t from both targets")
+    for pool in (BankPool(data), ClusterPool(data, size=4)):  # which hold the data's version of what was moved
+        whole = StableTarget(pool, None, match=())(noised, batch)
+        assert torch.equal(whole.x0[~only_mirrored], x0[~only_mirrored])
+        assert not torch.equal(whole.x0[only_mirrored], x0[only_mirrored])
     again = target(noised, batch)  # draws its own references
     within(0.0, (again.x0 - got.x0).abs().max(), "with references of its own")

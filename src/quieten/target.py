@@ -294,12 +294,13 @@ class StableTarget:
         told = dict(noised.cond or batch.cond)
         label = told.pop("augment", None)
         x_t, x0, plain = noised.x_t, noised.x0, ~torch.isin(batch.index, refs.index.to(batch.index.device))
+        plain = plain.to(x0.device)
         if label is not None:
-            from .augment import mirrored
+            from .augment import isometric, mirrored
 
-            x_t, x0 = mirrored(x_t, label), mirrored(x0, label)
+            x_t, x0, plain = mirrored(x_t, label), mirrored(x0, label), plain | ~isometric(label)
         mask, unknown = self._mask(told, refs)
-        plain = plain.to(x0.device) if unknown is None else plain.to(x0.device) | unknown
+        plain = plain if unknown is None else plain | unknown
         if not self.source_in_set:
             others = (batch.index[:, None].cpu() != refs.index[None]).to(x0.device)
             mask = others if mask is None else mask & others
