@@ -185,7 +185,7 @@ def _draw(rows: dict[str, list[dict[str, float]]], out: Path) -> None:
         right.plot(lam, [line["score"] - b for line, b in zip(lines, best, strict=True)], ".-", label=name)
     left.set(xlabel="log-SNR", ylabel="squared error / variance", yscale="log")
     left.axhline(1.0, color="grey", lw=0.8)
-    right.set(xlabel="log-SNR", ylabel="nats x 2 a pixel above the best", yscale="symlog")
+    right.set(xlabel="log-SNR", ylabel="score above the best")
     left.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
