@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from helpers import gaussian_data, refuses, within
 from quieten.denoiser import Denoiser
+from quieten.encoder import Encoded
 from quieten.gaussian import Gaussian, spread_over
 from quieten.guidance import ClassifierFree, Gradient, Guidance, Guided, Likelihood
 from quieten.guides import Classified, Energy, Similarity
@@ -258,6 +259,11 @@ def test_in_pure_noise_a_gradient_tells_nothing() -> None:
     x = states(2)
     guided = Guided(GaussianData(torch.zeros(SHAPE), 1.0, FLOW), Likelihood(lambda x, lam: -energy(x), scale=3.0))
     assert torch.equal(guided(x, -math.inf).mean, torch.zeros_like(x))
+
+
+def test_a_denoiser_that_was_trained_with_an_encoder_is_refused() -> None:
+    with refuses("encoder", "E[x0 | x_t]", "Ancestral()"):
+        Guided(GaussianData(torch.zeros(SHAPE), 1.0, Encoded(VP)), Energy(energy))
 
 
 # ---- classifier-free

@@ -180,7 +180,7 @@ class Gradient(Guidance):
 
     Arguments:
         fn: (x, lam) -> (B, *), the gradient of log p(y | x_t) in x_t, in the dtype of x. It is called with gradients enabled
-            on a detached copy of the state.
+            on a detached copy of the state. One that takes the index of a table is `lambda x, lam: fn(x, table.index(lam))`.
         scale: As in `Guidance`; 1 for a `cond_fn` that is weighted already.
         nonfinite: As in `Guidance`.
     """
@@ -268,6 +268,9 @@ class Guided(Denoiser):
         inner: The unguided denoiser.
         guidance: What to steer it by.
 
+    Raises:
+        ValueError: For a denoiser whose mean is not E[x0 | x_t]: one that was trained with an encoder.
+
     References:
         | Diffusion Models Beat GANs on Image Synthesis (Dhariwal, Nichol, 2021), algorithm 2
         | https://arxiv.org/abs/2105.05233
@@ -275,6 +278,7 @@ class Guided(Denoiser):
 
     def __init__(self, inner: Denoiser, guidance: Guidance):
         super().__init__()
+        inner.process.check_mean()
         self.inner, self.guidance, self.process, self.shape = inner, guidance, inner.process, inner.shape
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:

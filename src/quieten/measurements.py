@@ -319,6 +319,7 @@ class Consistent(Denoiser):
 
     def __init__(self, inner: Denoiser, operator: Operator, y: Tensor):
         super().__init__()
+        inner.process.check_mean()
         self.inner, self.operator, self.process, self.shape = inner, operator, inner.process, inner.shape
         self.register_buffer("y", y.detach().clone(), persistent=False)
 
