@@ -299,6 +299,24 @@ def test_every_split(name):
     assert "Split" in repr(stepper)
 
 
+@pytest.mark.parametrize("on", ["x_t", "x0"])
+@pytest.mark.parametrize("name", SPLITS)
+def test_any_mode_of_autograd(name, on):
+    """Inference mode changes nothing; where gradients are recorded they flow through the denoiser."""
+    stepper = split(name, Likelihood(lambda x, lam: -(x - 0.3).square().sum(1), on=on))
+    plain = sample(toy(VP), STARTS, to_data(4), stepper, noise=Noise(0, range(32)))
+    with torch.inference_mode():
+        inferred = sample(toy(VP), STARTS.clone(), to_data(4), stepper, noise=Noise(0, range(32)))
+    assert torch.equal(plain, inferred)
+    x = STARTS.clone().requires_grad_()
+    for state in trajectory(toy(VP), x, to_data(4), stepper, noise=Noise(0, range(32))):
+        end = state.x
+    torch.testing.assert_close(end.detach(), plain, rtol=0, atol=1e-12)
+    end.sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().max() > 1e-3
+
+
 def test_steps_are_pure():
     """The same step from the same memory gives the same, in any order; old memories are not touched."""
     for name in ("strang", "merged", "heun-pec", "additive", "subcycled"):

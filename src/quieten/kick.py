@@ -51,7 +51,9 @@ class Force:
             raise ValueError(f"in step {self.index}: {error}") from error
 
     def both(self, x: Tensor, lam: float) -> tuple[Gaussian, Tensor]:
-        """The denoiser's Gaussian and g, from one pass where one is enough."""
+        """The denoiser's Gaussian and g, from one pass where one is enough; its graph is not cut, which takes two."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return self.denoiser(x, lam), self.gradient(x, lam)
         try:
             p, g = self.guidance.both(self.denoiser, x, lam)
         except ValueError as error:
@@ -244,6 +246,7 @@ class SubCycled(Kick):
             x = x + torch.where((parts > i).reshape(size.shape), alpha * size * slope, 0.0)
         return x, seen
 
+    @torch.no_grad()
     def _parts(self, memory: Any, y: Tensor, slope: Tensor, span: Span) -> Tensor:
         """How many parts each example needs, (B,) in the dtype of the state."""
         if memory is None:
