@@ -90,9 +90,9 @@ SEQUENCES = {
     "stsp": lambda n, last: [grad(n), net(n), grad(n if last else n + 1)],
     "strang": lambda n, last: [grad(n), net(n), *([] if last else [grad(n + 1)])],
     "merged": lambda n, last: [*([grad(0)] if n == 0 else []), net(n), *([] if last else [grad(n + 1)])],
-    "heun-kick": lambda n, last: [grad(n), net(n), *([] if last else [grad(n + 1)])],
-    "heun-pec": lambda n, last: [*([grad(0)] if n == 0 else []), net(n), *([] if last else [grad(n + 1)])],
-    "additive": lambda n, last: [grad(n), net(n)],
+    "heun-kick": lambda n, last: [net(n), grad(n), *([] if last else [grad(n + 1)])],
+    "heun-pec": lambda n, last: [net(n), *([grad(0)] if n == 0 else []), *([] if last else [grad(n + 1)])],
+    "additive": lambda n, last: [net(n), grad(n)],
     "strang2": lambda n, last: [grad(n), grad(n + 0.25), net(n), net(n + 0.5), grad(n + 0.5), grad(n + 0.75)],
 }
 
@@ -111,6 +111,15 @@ def test_call_sequences(name):
     sample(log.denoiser, STARTS, geometric(6), split(name, log.guidance))
     kinds = [kind for kind, _, _ in log.calls]
     assert kinds.count("grad") == SPLITS[name].gradient * 6 + (name in ("merged", "heun-pec"))
+
+
+def test_joint_call_sequences():
+    """Network, then gradient, at the same state; PLMS as released asks at the second level twice."""
+    for stepper, extra in ((Ancestral(0.0, spread=False), []), (PLMS(4), [net(1), grad(1)])):
+        log, grid = Log(), to_data(5)
+        sample(Guided(log.denoiser, log.guidance), STARTS, grid, stepper)
+        expected = [call for n in range(5) for call in (net(n), grad(n), *(extra if n == 0 else []))]
+        assert log.sequence(grid) == expected
 
 
 def test_where_the_states_are():

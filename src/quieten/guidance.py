@@ -197,6 +197,10 @@ class Gradient(Guidance):
         _check_like(g, x, "what `fn` returns")
         return None, g.detach()
 
+    def both(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian, Tensor]:
+        """As in `Guidance`; the denoiser is asked first, as in released code."""
+        return denoiser(x, lam), self.gradient(denoiser, x, lam)
+
 
 class ClassifierFree(Guidance):
     r"""Guidance without a classifier, or by a weaker model, as a gradient: (w - 1) alpha / sigma^2 (D - D_weak).
