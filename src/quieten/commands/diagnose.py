@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,13 @@ def diagnose(
     counts = sorted({n for n in references if n < len(examples)})
     if not counts:
         raise ValueError(f"`--references {references}` must be below the {len(examples)} examples: give fewer")
-    with Progress(levels, 0, "targets") as progress:
-        variance = target_variance(
-            examples, lam, counts, labels=labels, pairs=pairs, seed=seed, progress=lambda done: progress.update(done)
-        )
+    shown = min(pairs, len(examples))
+    with Progress(levels * shown, 0, "targets") as progress:
+        told = partial(_tell, progress, shown)
+        variance = target_variance(examples, lam, counts, labels=labels, pairs=pairs, seed=seed, progress=told)
     own = None if labels is None else labels[variance.index.to(labels.device)]
-    with Progress(levels, 0, "network") as progress:
-        loss = network_loss(opened.denoiser, variance, own, batch, progress=lambda done: progress.update(done))
+    with Progress(levels * shown, 0, "network") as progress:
+        loss = network_loss(opened.denoiser, variance, own, batch, progress=partial(_tell, progress, shown))
     density = None if opened.schedule is None else level_density(opened.schedule, lam)
     rows = _rows(variance, loss, density)
     facts = {"source": source, "weights": opened.weights, "data": name, "examples": len(examples), "pairs": len(variance.x0)}
@@ -75,6 +76,10 @@ def diagnose(
 
 
 # ---- its parts
+
+
+def _tell(progress: Progress, pairs: int, levels: int) -> None:
+    progress.update(levels * pairs)
 
 
 def _folder(source: Source, out: Path | None) -> Path:
