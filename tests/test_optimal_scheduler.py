@@ -16,8 +16,9 @@ from quieten.basis import DCT
 from quieten.covariance import Unit
 from quieten.heads import make_head
 from quieten.sampling import sample
+from quieten.source import open_source
 from quieten.transition import Ancestral, Hushed
-from quieten.variance import KINDS
+from quieten.variance import KINDS, load_variance
 from quieten.wrap import WithCovariance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,6 +91,19 @@ def test_it_is_saved_with_the_pipeline_and_loaded_by_diffusers(tmp_path):
         model, x, grid, Hushed(Ancestral(clip=1.0), grid), noise=lambda i, like: torch.randn(like.shape, generator=generator)
     )
     torch.testing.assert_close(torch.from_numpy(got), (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), rtol=1e-4, atol=2e-5)
+
+
+def test_the_folder_is_one_of_ours_too(tmp_path):
+    loaded, model = fitted("npr", "complex", 4)
+    path = to_diffusers(model, tmp_path / "made", clip=1.0)
+    again = open_source(str(path), device="cpu")
+    x = torch.randn(2, 3, 8, 8)
+    source = load_variance(again.variances, "ocm", again.denoiser)
+    p, want = WithCovariance(again.denoiser, source)(x, 0.5), model(x, 0.5)
+    torch.testing.assert_close(p.mean, want.mean)
+    torch.testing.assert_close(p.var, want.var, rtol=5e-3, atol=1e-4)  # the file is in half precision
+    torch.testing.assert_close(again.grid(5, None), loaded.grid(5))  # betas to rounding
+    assert again.clip == 1.0
 
 
 def test_what_a_pipeline_cannot_carry_is_refused(tmp_path):

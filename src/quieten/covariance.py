@@ -98,7 +98,7 @@ class VarianceSource(nn.Module, ABC):
         super().__init__()
         if cap is not None and not (torch.as_tensor(cap) > 0).all():
             raise ValueError(f"`cap` must be positive (got {cap}): the largest variance of a pixel, 1 for data in [-1, 1]")
-        self.register_buffer("cap", None if cap is None else torch.as_tensor(cap, dtype=torch.float64), persistent=False)
+        self.register_buffer("cap", None if cap is None else torch.as_tensor(cap, dtype=torch.float32), persistent=False)
         self.average, self.raw, self.basis = average, raw, basis
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64), persistent=False)
 

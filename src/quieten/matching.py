@@ -54,7 +54,7 @@ class CovarianceMatching(Objective):
         probes: Sign vectors averaged in a target; the minimiser is the same for any number.
         step: Of finite differences; None chooses it, see `jacobian.difference_step`.
         balance: Weigh each level by the inverse of its running mean squared error, so that levels with noisy targets do not
-            drown the others.
+            drown the others; the loss is then a mean over coordinates, and about 1 when there is nothing left to learn.
         drop: Conditions to drop at random, as in `Denoising`.
 
     Raises:
@@ -125,8 +125,8 @@ class CovarianceMatching(Objective):
         precision = self._precision(bins, errors)
         share = precision / precision.sum(0)
         target = targets[0] if len(targets) == 1 else sum(spread_over(s, x) * t for s, t in zip(share, targets, strict=True))
-        out = ((q - target) / source.scale(lam, x)).square().flatten(1).sum(1)
-        return out * precision.sum(0).to(out) if self.balance else out
+        out = ((q - target) / source.scale(lam, x)).square().flatten(1)
+        return out.mean(1) * precision.sum(0).to(out) if self.balance else out.sum(1)
 
     # -- targets
 

@@ -15,7 +15,7 @@ from .basis import DCT
 from .covariance import Analytic, Fisher, HessianDiagonal, Learned, Residual, SecondMoment, Source, Unit, VarianceSource
 from .denoiser import Denoiser
 from .files import write_atomic, writing
-from .heads import make_head, network_of
+from .heads import Complex, Separate, Simple, make_head, network_of
 from .jacobian import Probed
 
 __all__ = [
@@ -108,6 +108,21 @@ def fingerprint(denoiser: Denoiser) -> str:
     return digest.hexdigest()
 
 
+def described(source: Learned, denoiser: Denoiser) -> dict[str, Any]:
+    """How to build a source again, for `save_variance`."""
+    heads = {Simple: "simple", Complex: "complex", Separate: "separate"}
+    cap = None if source.cap is None else source.cap.flatten().tolist()
+    return {
+        "kind": next(name for name, kind in KINDS.items() if type(source) is kind),
+        "head": heads.get(type(source.head), "simple"),
+        "basis": "pixel" if source.basis is None else "dct",
+        "block": source.basis.block if isinstance(source.basis, DCT) else 4,
+        "link": source.link,
+        "cap": cap[0] if cap is not None and len(cap) == 1 else cap,
+        "trunk": fingerprint(denoiser),
+    }
+
+
 # ---- files
 
 
@@ -171,7 +186,7 @@ def load_variance(
     if facts["trunk"] != fingerprint(denoiser):
         raise ValueError(f"{file} was fitted to other weights of the denoiser: fit it again, or load the weights it belongs to")
     if facts["kind"] == "analytic":
-        return Analytic(tensors["lam"], tensors["m"], tensors["error"], cap=_bounds(facts["cap"])).to(_device(denoiser))
+        return Analytic(tensors["lam"], tensors["m"], tensors["error"], cap=_bounds(facts["cap"]))
     keys = ("head", "basis", "block", "link", "cap")
     source = make_variance(facts["kind"], denoiser, **{key: facts[key] for key in keys})
     restore(source, {key: t.float() if t.dtype == torch.float16 else t for key, t in tensors.items()}, file)
@@ -199,4 +214,4 @@ def _device(denoiser: nn.Module) -> torch.device:
 
 
 def _bounds(cap: list[float] | float | None) -> Tensor | float | None:
-    return torch.tensor(cap, dtype=torch.float64).reshape(-1, 1, 1) if isinstance(cap, list) else cap
+    return torch.tensor(cap).reshape(-1, 1, 1) if isinstance(cap, list) else cap

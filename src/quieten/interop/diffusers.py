@@ -32,6 +32,15 @@ PIPELINES = (
 )  # fmt: skip
 """Class names of the diffusers pipelines that are understood. Any model with a scheduler can be given on its own."""
 
+OURS = "quieten.interop.optimal"
+"""Where the U-Net of a denoiser with a variance comes from; the network in it is read here, the variance is a file beside it."""
+
+SHARED = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "clip_sample",
+    "clip_sample_range", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr",
+)  # fmt: skip
+"""What our OptimalCovarianceScheduler has of diffusers' DDPMScheduler."""
+
 _HUB = (*FETCH, "variant", "torch_dtype")
 _ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -246,6 +255,10 @@ def _load(source: Source, scheduler: Any) -> _Parts:
     if kind not in PIPELINES:
         raise ValueError(f"`source` {source.name} is a {kind}, which is not supported: {_SUPPORTED}")
     name = "transformer" if kind == "DiTPipeline" else "unet"
+    if index.get(name) == [OURS, "VarianceUNet"]:
+        from .optimal import VarianceUNet
+
+        return _Parts(source.model(VarianceUNet, name).trunk, _scheduler(source, index, scheduler))  # type: ignore[arg-type]
     model = source.model(getattr(diffusers, _class(source, index, name, "diffusers", MODELS)), name)
     config = _scheduler(source, index, scheduler)
     if kind == "StableDiffusionPipeline":  # as that pipeline corrects outdated configurations
@@ -281,6 +294,8 @@ def _scheduler(source: Source, index: Mapping[str, Any], scheduler: Any) -> Mapp
     config = source.json("scheduler/scheduler_config.json")
     if config is None:
         raise ValueError(f"`source` {source.name} has no scheduler/scheduler_config.json: give `scheduler`")
+    if index.get("scheduler") == [OURS, "OptimalCovarianceScheduler"]:
+        return _config({key: config[key] for key in SHARED if key in config} | {"_class_name": "DDPMScheduler"})
     return _config({**config, "_class_name": _class(source, index, "scheduler", "diffusers", SCHEDULERS)})
 
 

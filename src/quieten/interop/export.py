@@ -14,6 +14,7 @@ from ..denoiser import Denoiser, Preconditioned
 from ..files import sync_tree
 from ..process import VP
 from ..schedule import Table
+from ..variance import described, save_variance
 from ..wrap import WithCovariance
 from .levels import FORMS, Index, betas
 from .network import Network
@@ -71,6 +72,8 @@ def to_diffusers(denoiser: Denoiser, path: str | Path, *, clip: float | None = N
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         pipeline.save_pretrained(part, safe_serialization=True)
+        if isinstance(source, Learned):
+            save_variance(part / "variance", "ocm", source, described(source, made))
         sync_tree(part)
         part.replace(target)  # an empty folder gives way, any other does not
     except BaseException:

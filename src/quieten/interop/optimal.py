@@ -77,7 +77,8 @@ class VarianceUNet(ModelMixin, ConfigMixin):
         made: VarianceUNet = cls(dict(config), kinds[type(head)], block, config.in_channels, config.sample_size)
         made.trunk.load_state_dict(unet.state_dict())
         made.spread.load_state_dict(head.state_dict())
-        return made.to(device=unet.device, dtype=unet.dtype).eval()
+        made = made.to(unet.device).eval()
+        return made if made.dtype == unet.dtype else made.to(unet.dtype)
 
     def forward(self, sample: Tensor, timestep: Any, class_labels: Tensor | None = None, return_dict: bool = True) -> Any:
         """As UNet2DModel's."""
