@@ -33,7 +33,7 @@ PIPELINES = (
 """Class names of the diffusers pipelines that are understood. Any model with a scheduler can be given on its own."""
 
 OURS = "quieten.interop.optimal"
-"""Where the U-Net of a denoiser with a variance comes from; the network in it is read here, the variance is a file beside it."""
+"""Where the U-Net of a denoiser with a variance comes from; its network is read here, the variance is a file beside it."""
 
 SHARED = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "clip_sample",
