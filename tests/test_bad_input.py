@@ -181,7 +181,7 @@ CASES: dict[str, tuple[Act, list[str]]] = {
     "corrupt image": (typed("train", "HERE/pictures", "--out", "HERE/run"), ["1.png", "cannot be read", "repair or remove it"]),
     "no data there": (
         typed("train", "HERE/nowhere", "--out", "HERE/run"),
-        ["HERE/nowhere", "known: digits", "a folder of images"],
+        ["HERE/nowhere", "digits, emoji, fashion-mnist", "a folder of images"],
     ),
     "a picture alone": (typed("train", "HERE/notes.png", "--out", "HERE/run"), ["HERE/notes.png", "no folder", "digits"]),
     # recipes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -163,28 +163,12 @@ class LargeUNet(Net):
             n = (c_out // head_channels if head_channels else heads) if attend else 0
             return ResBlock(c_in, c_out, self.embed.channels, dropout, condition, change, fir, project, n, self.scale)
 
+        attend = [side in attention for side in sides]
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.down, self.inputs, kept, c, c_image = nn.ModuleList(), nn.ModuleList(), [width], width, channels
-        for level, (side, m) in enumerate(zip(sides, mult, strict=True)):
-            if level:
-                self.down.append(block(c, c, change="down"))
-                kept.append(c)
-                if residual_input:
-                    self.inputs.append(nn.Conv2d(c_image, c, 3, padding=1))
-                    c_image = c
-            for _ in range(blocks):
-                self.down.append(block(c, m * width, side in attention))
-                c = m * width
-                kept.append(c)
-        self.middle = nn.ModuleList([block(c, c, True), block(c, c)])
-        self.up = nn.ModuleList()
-        for level in reversed(range(len(mult))):
-            if level < len(mult) - 1:
-                self.up.append(block(c, c, change="up"))
-            for k in range(blocks + 1):
-                attend = sides[level] in attention and (attend_up == "all" or k == blocks)
-                self.up.append(block(c + kept.pop(), mult[level] * width, attend))
-                c = mult[level] * width
+        self.down, self.inputs, kept = _way_down(block, channels, width, mult, blocks, attend, residual_input)
+        self.middle = nn.ModuleList([block(kept[-1], kept[-1], True), block(kept[-1], kept[-1])])
+        self.up = _way_up(block, kept, width, mult, blocks, attend, attend_up == "all")
+        c = mult[0] * width
         self.feature_channels, self.fir = c, fir
         self.norm = _norm(c)
         self.out = nn.Conv2d(c, self.out_channels, 3, padding=1)
@@ -229,6 +213,50 @@ class LargeUNet(Net):
                 f"`x` must have shape (B, {self.channels}, H, W), height and width divisible by {self.multiple} "
                 f"(got {tuple(x.shape)}): build the network for these images, or resize them"
             )
+
+
+def _way_down(
+    block: Callable[..., nn.Module],
+    channels: int,
+    width: int,
+    mult: Sequence[int],
+    blocks: int,
+    attend: Sequence[bool],
+    residual_input: bool,
+) -> tuple[nn.ModuleList, nn.ModuleList, list[int]]:
+    """The blocks down to the lowest resolution, convolutions of the image, and the channels of every map that is kept."""
+    down, inputs, kept = nn.ModuleList(), nn.ModuleList(), [width]
+    for level, m in enumerate(mult):
+        if level:
+            down.append(block(kept[-1], kept[-1], change="down"))
+            if residual_input:
+                c_image = mult[level - 2] * width if level > 1 else channels
+                inputs.append(nn.Conv2d(c_image, kept[-1], 3, padding=1))
+            kept.append(kept[-1])
+        for _ in range(blocks):
+            down.append(block(kept[-1], m * width, attend[level]))
+            kept.append(m * width)
+    return down, inputs, kept
+
+
+def _way_up(
+    block: Callable[..., nn.Module],
+    kept: Sequence[int],
+    width: int,
+    mult: Sequence[int],
+    blocks: int,
+    attend: Sequence[bool],
+    attend_all: bool,
+) -> nn.ModuleList:
+    """The blocks back to the full resolution; each but those that change it takes a map that was kept."""
+    up, c, left = nn.ModuleList(), kept[-1], list(kept)
+    for level in reversed(range(len(mult))):
+        if level < len(mult) - 1:
+            up.append(block(c, c, change="up"))
+        for k in range(blocks + 1):
+            up.append(block(c + left.pop(), mult[level] * width, attend[level] and (attend_all or k == blocks)))
+            c = mult[level] * width
+    return up
 
 
 class ResBlock(nn.Module):
