@@ -125,6 +125,9 @@ def test_other_options_data_or_weights_are_refused(opened, tmp_path):
         fit_variance(
             opened, Dataset("wide", torch.zeros(4, 1, 9, 9, dtype=torch.uint8), torch.zeros(4).long(), ("a",)), train=PLAN
         )
+    for name in ("probed", "../ocm", ""):
+        with refuses("`name`", "letters"):
+            fit_variance(opened, toy_data(), name=name or " ", train=PLAN)
     with refuses("`kind`", "'ddpm'"):
         fit_variance(opened, toy_data(), kind="ddpm", train=PLAN)
     with refuses("DCT", "3"):

@@ -23,7 +23,7 @@ from .runs import Run
 from .schedule import Linear, Schedule
 from .schema import Data, Recipe, Train
 from .source import Source
-from .variance import fingerprint, make_variance, save_variance
+from .variance import UNTRAINED, fingerprint, make_variance, save_variance
 from .watch import signals
 
 __all__ = ["Fitted", "HeadUpdate", "fit_variance", "measure_analytic"]
@@ -113,6 +113,10 @@ def fit_variance(
         ValueError: For names that are unknown, data that do not fit, or a place that cannot be written.
     """
     name = name or (kind if basis == "pixel" else f"{kind}-dct")
+    if name in UNTRAINED or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ValueError(
+            f"`name` {name!r} must be of letters, digits, - and _, and none of {', '.join(UNTRAINED)}: take another"
+        )
     folder = Path(out).expanduser() if out is not None else source.variances[0]
     data = _suited(source, data)
     plan = PLAN if train is None else train
