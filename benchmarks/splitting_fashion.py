@@ -1,6 +1,6 @@
 """Class guidance of the Fashion-MNIST model: quality against seconds for joint and split schemes, in docs/results/splitting.md.
 
-python benchmarks/splitting_fashion.py --cache FOLDER [--n 1000] [--scale 6] [--steps 10,15,20,25] [--png FILE.png]
+python benchmarks/splitting_fashion.py --cache FOLDER [--n 250] [--scale 6] [--steps 5,7,10,15,20,25] [--png FILE.png]
 
 The unconditional model (its null label) is guided by `zoo:fashion-mnist-noisy`. The classifier of clean images that judges the
 samples, and whose features carry the Frechet distance within class, was trained apart from it. Seconds are evaluations
@@ -170,7 +170,7 @@ def main(n: int, scale: float, steps: list[int], batch: int, cache: Path, png: P
         draw(rows, floor["frechet"], png)
         shown = [(name, 10) for name in ("ddim", "plms", "dpm++", "stsp", "strang", "merged")]
         pictures = [bench.sample(name, count)[0][:10] for name, count in [("ddim", 250), *shown]]
-        save_grid(torch.cat(pictures), png.with_name("splitting-class.png"), columns=10, scale=1)
+        save_grid(torch.cat(pictures), png.with_name("splitting-class.png"), columns=10, scale=2)
 
 
 def conclude(rows: dict[tuple[str, int], dict[str, float]], n: int) -> None:
@@ -207,7 +207,7 @@ def compare(
 
 def draw(rows: dict[tuple[str, int], dict[str, float]], floor: float, png: Path) -> None:
     shown = ("ddim", "dpm++", "plms", "stsp", "strang", "merged", "heun-kick")
-    points = {name: [(r["seconds"], r["frechet"]) for (k, _), r in rows.items() if k == name] for name in shown}
+    points = {name: [(float(f"{r['seconds']:.2g}"), r["frechet"]) for (k, _), r in rows.items() if k == name] for name in shown}
     figure = pareto(points, xlabel="seconds for all samples", ylabel="Frechet distance within class", floor=floor)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, facecolor="white")
@@ -216,9 +216,9 @@ def draw(rows: dict[tuple[str, int], dict[str, float]], floor: float, png: Path)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--n", type=int, default=250)
     parser.add_argument("--scale", type=float, default=6.0)
-    parser.add_argument("--steps", type=lambda text: [int(word) for word in text.split(",")], default=[10, 15, 20, 25])
+    parser.add_argument("--steps", type=lambda text: [int(word) for word in text.split(",")], default=[5, 7, 10, 15, 20, 25])
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--png", type=Path)

@@ -20,19 +20,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common import header
-from quieten.config import build_grid
 from quieten.data import load
 from quieten.denoiser import Denoiser
 from quieten.guidance import Guided
 from quieten.measurements import Consistent, Downsample, Mask, Measured, Operator
 from quieten.nets import Classifier
+from quieten.noise import Noise
 from quieten.plots import save_grid
-from quieten.runs import load_with_recipe
 from quieten.samplers import sampler
 from quieten.sampling import generate
+from quieten.source import open_source
 from quieten.splits import SPLITS, split
 from quieten.transition import Transition
-from quieten.wrap import Clipped, Counted
+from quieten.variance import load_variance
+from quieten.wrap import Clipped, Counted, WithCovariance
 
 STD = 0.02
 Method = Callable[[Denoiser, Operator, Tensor], tuple[Denoiser, Transition]]
@@ -63,14 +64,17 @@ METHODS: dict[str, tuple[Method, int]] = {
     "the same, split: additive": (follow("additive"), 20),
     "the same, split: merged": (follow("merged"), 20),
     "the same, split: strang": (follow("strang"), 20),
+    "learned covariance (ocm), dpm++": (follow("dpm++"), 20),
     "back through the network, dpm++": (follow("dpm++", variance=1.0, jacobian="backward"), 20),
+    "learned covariance, back through the network, dpm++": (follow("dpm++", jacobian="backward"), 20),
     "DPS: back, D for certain, std 0.3, ddim": (follow("ddim", std=0.3, variance=0.0, jacobian="backward"), 100),
     "projected estimate (DDNM), dpm++": (consistent, 20),
 }
 
 
 def main(n: int, grid: Path | None) -> None:
-    denoiser, recipe = load_with_recipe("zoo:fashion-mnist")
+    opened = open_source("zoo:fashion-mnist", device="cpu")
+    learned = WithCovariance(opened.denoiser, load_variance(opened.variances, "ocm", opened.denoiser))
     judge = Classifier()
     weights = Path(__file__).parents[1] / "src" / "quieten" / "zoo" / "classifiers" / "fashion-mnist.safetensors"
     judge.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
@@ -84,21 +88,22 @@ def main(n: int, grid: Path | None) -> None:
     print(f"{n} test images, x0 clipped to [-1, 1], seed 0")
     for task, operator in (("inpainting", Mask(mask)), ("4x super-resolution", Downsample(4))):
         clean = operator(x0)
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        noise = Noise(0, range(n)).normal(clean, 0, "measurement")
         y = operator(operator.pinv(clean + STD * noise, x0))  # no noise where nothing is measured
         print(f"\n| {task} | steps | evaluations | seconds | off y | PSNR, dB | class right |\n|---|---|---|---|---|---|---|")
         shown = [x0[:12], operator.pinv(y, x0)[:12]]
         report("what was measured", 0, 0, 0.0, operator.pinv(y, x0), operator, y, x0, judge, label)
         for name, (method, steps) in METHODS.items():
-            counted = Counted(denoiser.bind(label=torch.full((n,), len(test.classes))))
-            model, transition = method(Clipped(counted), operator, y)
+            counted = Counted(learned if name.startswith("learned") else opened.denoiser)
+            bound = Clipped(counted).bind(label=torch.full((n,), len(test.classes)))
+            model, transition = method(bound, operator, y)
             started = time.process_time()
-            x = generate(model, n, grid=build_grid(recipe, steps), transition=transition, batch=n, shape=(1, 28, 28))
+            x = generate(model, n, grid=opened.grid(steps, None), transition=transition, batch=n, shape=(1, 28, 28))
             report(name, steps, counted.calls, time.process_time() - started, x, operator, y, x0, judge, label)
             if name in ("covariance of unit data, dpm++", "back through the network, dpm++"):
                 shown.append(x[:12])
         if grid is not None:
-            save_grid(torch.cat(shown), grid / f"splitting-{task.split()[-1]}.png", columns=12, scale=1)
+            save_grid(torch.cat(shown), grid / f"splitting-{task.split()[-1]}.png", columns=12, scale=2)
 
 
 def report(

@@ -171,8 +171,9 @@ def _measured_guide(
     whole = torch.zeros(1, *shape)
     y = _picture(measurement, shape, operator, tuple(operator(whole).shape[2:]))
     device = next((p.device for p in source.denoiser.parameters()), torch.device("cpu"))
-    # back through the network: what is measured then tells of its surroundings too, which a variance by pixels cannot
-    guidance = Measured(operator, y, std, scale, jacobian="backward").to(device)
+    # back through the network: what is measured then tells of its surroundings too, which a variance by pixels cannot; and with
+    # the variance of unit data, since a smaller one makes the gradient too stiff for few steps
+    guidance = Measured(operator, y, std, scale, variance=1.0, jacobian="backward").to(device)
     return Guide(lambda rows: guidance, True, f"{task}{factor}-{measurement.stem}", seen=operator.pinv(y, whole))
 
 
