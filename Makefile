@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BENCH ?= benchmarks/loop.py benchmarks/nets.py benchmarks/train.py
+BENCH ?= benchmarks/loop.py benchmarks/nets.py benchmarks/train.py benchmarks/ocm.py
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 SITE := build/site

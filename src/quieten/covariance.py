@@ -129,7 +129,8 @@ class VarianceSource(nn.Module, ABC):
         cap = None if self.cap is None else self._cap(var, x)
         below = (var < 0).sum()
         above = (var > cap).sum() if cap is not None else below.new_zeros(())
-        self.counts += torch.stack([below, above, torch.full_like(below, var.numel())])
+        moved = torch.stack([below, above, torch.full_like(below, var.numel())])
+        self.counts = self.counts.to(moved.device) + moved  # a source that was not moved follows the states
         # only the CPU is looked at, since a device would have to be waited for; `generate` looks at the samples anyway
         if var.device.type == "cpu" and bool(var.isnan().any()):
             raise ValueError(f"the variance of {type(self).__name__} is NaN: look at its head's training, or fit it again")
