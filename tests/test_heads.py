@@ -45,8 +45,8 @@ def test_the_complex_head_is_a_residual_block_and_the_simple_one(style):
         return x * torch.sigmoid(x)
 
     inner, c = head.conv1(silu(norm(h, head.norm1))), head.condition(silu(emb))[..., None, None]
-    scaled = norm(inner, head.norm2) * (1 + c[:, :32]) + c[:, 32:]
-    inner = scaled if style == "iddpm" else norm(inner + c, head.norm2)
+    scale, shift = (c[:, :32], c[:, 32:]) if style == "iddpm" else (torch.zeros(()), torch.zeros(()))
+    inner = norm(inner if style == "iddpm" else inner + c, head.norm2) * (1 + scale) + shift
     out = h + head.conv2(silu(inner))
     want = head.simple.conv(silu(norm(out, head.simple.norm)))
     torch.testing.assert_close(head(h, emb), want, rtol=1e-5, atol=1e-5)
