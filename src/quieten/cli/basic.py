@@ -48,7 +48,10 @@ def sample(
     label: Annotated[str | None, typer.Option(help="A class by name or number, several by comma, or 'all' in turn.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text, for models that take it.")] = None,
     scale: Annotated[
-        float | None, typer.Option(help="Weight of --guide; without it, of classifier-free guidance, 1 for none.")
+        float | None,
+        typer.Option(
+            help="Weight of --guide, default 1; without it, of classifier-free guidance, 1 for none, default the recipe's."
+        ),
     ] = None,
     guide: Annotated[
         str | None, typer.Option(help="A class, several by comma, or 'all'; or inpaint, colour, superres:K (K times larger).")
