@@ -254,13 +254,14 @@ class AdamsBashforth(Transition):
         if self.starter is not None and len(history) < self.order:
             step = self.starter.step(denoiser, x_t, lam_t, lam_s, x0)
             return Step(step.p, x0, keep)
-        p = process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0)
+        if len(history) == 1:
+            return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0, keep)
+        k, b, _, _ = process.coefficients(lam_t, lam_s, eta=0.0)
         weights = adams_bashforth_weights([s for s, _ in history], math.exp(-0.5 * lam_s), self.coefficients == "constant")
-        mean = p.mean
+        share = -alpha_s * sum(weights[1:]) / sigma_t  # of eps_0, which is made of x_t and x0: no pass of its own
+        mean = torch.mul(x_t, k + share).add_(x0.mean, alpha=b - share * alpha_t)
         for weight, (_, past) in zip(weights[1:], history[1:], strict=True):
             mean = mean.add_(past, alpha=alpha_s * weight)
-        if len(history) > 1:
-            mean = mean.add_(eps, alpha=-alpha_s * sum(weights[1:]))
         return Step(Gaussian(mean), x0, keep)
 
     def extra_repr(self) -> str:

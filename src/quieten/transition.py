@@ -105,7 +105,8 @@ class Ancestral(Transition):
             keep = x0.mean if self.keep_eps else None
             if var is not POINT and x0.basis is None and isinstance(self.clip, int | float):
                 var = var.clamp_max(self.clip**2)
-        given = x0 if mean is x0.mean and var is x0.var else Gaussian(mean, var, x0.basis)  # itself: it may know more
+        same = mean is x0.mean and var is x0.var  # then itself: it may know more
+        given = x0 if same else Gaussian(mean, var, None if var is POINT else x0.basis)
         p = denoiser.process.bridge(given, x_t, lam_t, lam_s, self.eta, keep)
         if self.range:
             p = Gaussian(p.mean, self._learned_range(denoiser, x0.var, x_t, lam_t, lam_s))
