@@ -17,12 +17,14 @@ from quieten.transition import Ancestral
 from toy import toy_data, toy_recipe, toy_run
 
 NAMES = [name for name in recipe_names() if load_recipe(name).objective.kind == "bound"]
-SMALL = ["train.images=12", "train.batch=4", "train.preview_every=null", "train.save_minutes=null"]
+SMALL = ["train.images=12", "train.batch=4", "sample.steps=3", "train.preview_every=null", "train.save_minutes=null"]
 
 
 def pictures(channels: int, size: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
-    return Dataset("stand-in", torch.randint(0, 256, (16, channels, size, size), generator=generator, dtype=torch.uint8), None, ())
+    return Dataset(
+        "stand-in", torch.randint(0, 256, (16, channels, size, size), generator=generator, dtype=torch.uint8), None, ()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +56,7 @@ def test_there_is_a_recipe_for_every_published_setting() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["{kind: linear, learned: true}", "{kind: monotone, hidden: 8}", "polynomial"])
-@pytest.mark.parametrize("bound", ["continuous", "{kind: steps, steps: 10, reverse_variance: optimal}"])
+@pytest.mark.parametrize("bound", ["continuous", "{kind: steps, count: 10, reverse_variance: optimal}"])
 def test_what_is_learned_beside_the_denoiser_comes_back(schedule: str, bound: str, tmp_path: Path) -> None:
     data = toy_data()
     run = toy_run(tmp_path / "run", "objective.kind=bound", f"objective.schedule={schedule}", f"bound={bound}",

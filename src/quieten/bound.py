@@ -268,13 +268,13 @@ def continuous(shape_by: Literal["bound", "variance"] = "bound", lean: bool = Fa
 
 
 def in_steps(
-    steps: int = 1000,
+    count: int = 1000,
     reverse_variance: Literal["equal", "optimal"] = "equal",
     momentum: float = 0.02,
     lean: bool = False,
 ) -> dict[str, Any]:
     """The options of a bound in T steps, for recipes."""
-    return {"steps": steps, "reverse_variance": reverse_variance, "momentum": momentum, "lean": lean}
+    return {"steps": count, "reverse_variance": reverse_variance, "momentum": momentum, "lean": lean}
 
 
 class Widened(Transition):
