@@ -1,11 +1,13 @@
 """The papers' settings: full-size networks have the published number of parameters, thin ones train on stand-in data."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from quieten.commands.variance import fit as fit_variance
 from quieten.config import Recipe, build_sampler, build_schedule, load_recipe, resolve, with_overrides
 from quieten.data import Dataset
 from quieten.fit import _learning_rate, fit
@@ -83,7 +85,7 @@ def test_full_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_a_thin_one_trains_samples_and_is_loaded_again(name: str, tmp_path: Path) -> None:
+def test_a_thin_one_trains_samples_and_is_loaded_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, recipe = stand_in(name), thin(name)
     run, before = Run.create(tmp_path / name, recipe), [t.clone() for t in build_update(recipe, data).parameters()]
     summary = fit(run, data=data)
@@ -99,6 +101,13 @@ def test_a_thin_one_trains_samples_and_is_loaded_again(name: str, tmp_path: Path
     label = {"label": torch.tensor([5])} if PAPERS[name][1] else None
     x = generate(opened.denoiser, 1, grid=grid, transition=transition, cond=label)
     assert x.shape == (1, *PAPERS[name][0])
+    if opened.fitting:  # the head, by the recipe's own section
+        assert opened.fitting["kind"] == "ocm"
+        monkeypatch.setattr("quieten.commands.variance.load", lambda *_, **__: data)
+        assert fit_variance(str(run.path), name, images=4, batch=2)
+        fitted = json.loads((run.path / "variance" / "ocm.json").read_text())
+        assert (fitted["head"], fitted["link"]) == (opened.fitting["head"], opened.fitting["link"])
+        assert fitted["lr"] == opened.fitting["lr"] or opened.fitting["lr"] is None
     published = {"edm": None, "ve-": None, "vp-": None, "dit": None}  # their samplers clip nothing
     assert opened.clip == next((c for part, c in published.items() if part in name), 1.0)
 

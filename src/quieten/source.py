@@ -39,6 +39,7 @@ class Source:
         image: Shape (C, H, W) of those images.
         schedule: The curve of levels that the network was trained on, None where it is unknown.
         encoder: What the bound of the network was trained with, None without.
+        fitting: What the recipe says of fitting one, as options of `quieten variance fit`; {} where it is silent.
         variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
     """
 
@@ -58,6 +59,7 @@ class Source:
     image: tuple[int, ...] | None = None
     schedule: Schedule | None = None
     encoder: Encoder | None = None
+    fitting: Mapping[str, Any] = field(default_factory=dict)
     variances: tuple[Path, ...] = ()
 
     @property
@@ -113,6 +115,7 @@ def _from_run(source: str, weights: str, device: str) -> Source:
     beside = load_companions(source, weights, device)
     section, classes, shape = recipe.sample, recipe.data.classes, recipe.data.shape or ()
 
+    plan = recipe.section("variance")
     curve = beside.schedule.cpu()  # grids are made there
 
     def grid(steps: int, spacing: str | None) -> Tensor:
@@ -136,6 +139,7 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         weights=weights if path.is_dir() else "exported",
         schedule=curve,
         encoder=beside.encoder,
+        fitting={} if plan is None else {"kind": plan.kind, **plan.options},
         variances=_variances(source, path),
     )
 

@@ -87,8 +87,11 @@ def section(
     derivative: Literal["auto", "vjp", "fd", "jvp"] = "auto",
     probes: int = 1,
     trunk: str | None = None,
+    images: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
 ) -> dict[str, Any]:
-    """What a recipe's section `variance` may say beside the kind, with the defaults."""
+    """What a recipe's section `variance` may say beside the kind, with the defaults of `quieten variance fit` for its run."""
     return dict(locals())
 
 

@@ -27,17 +27,22 @@ def fit(
     source: Model,
     data: Examples,
     kind: Annotated[
-        str, typer.Option(help="ocm, sn, npr, mixed (ocm and npr) train a head; analytic measures one number a level.")
-    ] = "ocm",
-    head: Annotated[str, typer.Option(help="simple, complex, or separate for networks without known features.")] = "complex",
-    basis: Annotated[str, typer.Option(help="pixel, or dct: cosine coefficients of blocks.")] = "pixel",
-    block: Annotated[int, typer.Option(min=2, help="Side of the blocks of --basis dct.")] = 4,
-    link: Annotated[str, typer.Option(help="unit keeps the variance positive, linear is as published.")] = "unit",
-    derivative: Annotated[str, typer.Option(help="auto, vjp, fd (finite differences) or jvp.")] = "auto",
-    probes: Annotated[int, typer.Option(min=1, help="Sign vectors in a target of ocm.")] = 1,
+        str | None,
+        typer.Option(help="ocm (default), sn, npr, mixed (ocm and npr) train a head; analytic measures one number a level."),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="complex (default), simple, or separate for networks without known features.")
+    ] = None,
+    basis: Annotated[str | None, typer.Option(help="pixel (default), or dct: cosine coefficients of blocks.")] = None,
+    block: Annotated[int | None, typer.Option(min=2, help="Side of the blocks of --basis dct. Default: 4.")] = None,
+    link: Annotated[
+        str | None, typer.Option(help="unit (default) keeps the variance positive, linear is as published.")
+    ] = None,
+    derivative: Annotated[str | None, typer.Option(help="auto (default), vjp, fd (finite differences) or jvp.")] = None,
+    probes: Annotated[int | None, typer.Option(min=1, help="Sign vectors in a target of ocm. Default: 1.")] = None,
     estimator: Annotated[
-        str, typer.Option(help="Of analytic: residual (its squared errors), or fisher as published.")
-    ] = "residual",
+        str | None, typer.Option(help="Of analytic: residual (default, its squared errors), or fisher as published.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What it is loaded by. Default: the kind, with -dct in that basis.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder. Default: `variance` in the run; ./variance for zoo and hub.")
@@ -51,6 +56,7 @@ def fit(
 ) -> None:
     """Fit a variance to a frozen model; running the same command again resumes it.
 
+    Options that are not given are those of the section `variance` in the recipe of the run, where it has one.
     The model itself stays as it is. Ctrl-C saves before it stops.
 
     Examples:

@@ -34,26 +34,39 @@ def fit(
     seed: int = 0,
     weights: str = "ema",
     device: str | None = None,
-    kind: str = "ocm",
     **options: Any,
 ) -> bool:
     """Fits a variance and says where it is; the arguments are the command's options. False if it was interrupted.
 
+    Options that are None are those of the section `variance` in the run's recipe, or the defaults of `fit_variance`.
+
     Raises:
         ValueError: For options that the model cannot serve.
     """
-    if kind not in (*KINDS, "analytic"):
-        from ..parts import nearest
-
-        known = (*KINDS, "analytic")
-        raise ValueError(f"`--kind {kind}` is unknown{nearest(kind, known)} (known: {', '.join(known)})")
+    _check_kind(options.get("kind"))
     opened = open_source(source, weights, device)
-    default = 500 if kind == "analytic" else PLAN.images
-    changes = {"images": default if images is None else images, "seed": seed, "batch": batch, "lr": lr}
-    plan = type(PLAN)(**{**PLAN.model_dump(), **{key: value for key, value in changes.items() if value is not None}})
-    fitted = fit_variance(opened, examples(opened, data), kind=kind, train=plan, **options)
+    given = {"images": images, "batch": batch, "lr": lr, **options}
+    wanted: dict[str, Any] = {
+        name: value for name, value in opened.fitting.items() if name not in ("cap", "trunk") and value is not None
+    }
+    if given.get("kind") not in (None, wanted.get("kind")):
+        wanted = {}  # what the recipe says is for another kind
+    wanted |= {name: value for name, value in given.items() if value is not None}
+    if wanted.get("kind") == "analytic":
+        wanted.setdefault("images", 500)
+    changes: dict[str, Any] = {name: wanted.pop(name) for name in ("images", "batch", "lr") if name in wanted}
+    plan = type(PLAN)(**{**PLAN.model_dump(), **changes, "seed": seed})
+    fitted = fit_variance(opened, examples(opened, data), train=plan, **wanted)
     print(fitted.message)
     return fitted.file is not None
+
+
+def _check_kind(kind: str | None) -> None:
+    known = (*KINDS, "analytic")
+    if kind is not None and kind not in known:
+        from ..parts import nearest
+
+        raise ValueError(f"`--kind {kind}` is unknown{nearest(kind, known)} (known: {', '.join(known)})")
 
 
 def examples(opened: Source, data: str, split: str = "train") -> Dataset:
