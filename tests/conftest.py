@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 # Read when the libraries are imported, so set before anything else is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-__all__ = ["golden"]
+__all__ = ["Ran", "Type", "golden"]
 
 # Examples are the same in every run, and slow machines do not fail: a test's verdict is about the code.
 hypothesis.settings.register_profile("quieten", deadline=None, derandomize=True, database=None)
@@ -66,3 +67,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Ran(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Type = Callable[..., Ran]
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Type:
+    """Runs the command line in this process."""
+
+    from quieten.cli import main
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from PIL import Image
 
 import quieten
 import quieten.commands.sample
+from conftest import Ran, Type
 from helpers import within
 from quieten.cli import main
 from quieten.data import Dataset
@@ -35,29 +35,6 @@ TINY = [
         "train.log_every=1", "train.previews=10", "sample.steps=3", "train.ema=100",
     )
 ]  # fmt: skip
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Type = Callable[..., Ran]
-
-
-@pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Type:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def untrained(path: Path, *overrides: str, data: Dataset | None = None) -> Run:

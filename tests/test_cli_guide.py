@@ -8,9 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from PIL import Image
 
 import quieten
 import quieten.commands.sample
+from conftest import Ran, Type
 from quieten.classify import NoisyClassifier
 from quieten.cli import main
 from quieten.nets import Classifier
@@ -28,29 +28,6 @@ from quieten.splits import SPLITS
 from toy import toy_run
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(quieten.__file__).parents[1]), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Type = Callable[..., Ran]
-
-
-@pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Type:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def refused(ran: Ran, *pieces: str) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import Type
 from helpers import f64, refuses, within
-from quieten.cli import main
 from quieten.diagnosis import level_density, network_loss, target_variance
 from quieten.oracle import FiniteData, GaussianData
 from quieten.process import VE, VP
 from quieten.schedule import LogNormal
-from test_cli import TINY, Ran, Type
+from test_cli import TINY
 from test_objective import Wrong
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,20 +106,6 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 # ---- the command
-
-
-@pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Type:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def test_diagnose_digits_from_end_to_end(typed: Type, tmp_path: Path) -> None:

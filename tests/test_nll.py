@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
+from conftest import Ran, Type
 from helpers import within
-from quieten.cli import main
 from quieten.decoders import Discretised
 from quieten.grids import linear, take
 from quieten.likelihood import evaluate
@@ -20,29 +19,6 @@ from quieten.runs import Checkpoint, Run, build_update
 from quieten.source import open_source
 from quieten.transition import Ancestral
 from toy import toy_run
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Type = Callable[..., Ran]
-
-
-@pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str]) -> Type:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

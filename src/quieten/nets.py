@@ -86,7 +86,10 @@ class Embedding(nn.Module):
 
     def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
         r"""Embedding (B, channels) of the times t (B,) and the labels (B,)."""
-        h = self.time(self.waves(t).to(next(self.time.parameters()).dtype))
+        return self.with_label(self.time(self.waves(t).to(next(self.time.parameters()).dtype)), t, label)
+
+    def with_label(self, h: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        r"""The embedding (B, channels) of times h (B, channels) and labels, ready for the blocks."""
         if self.label is not None:
             h = h + self.label(self.checked(label, t))
         elif label is not None:

@@ -63,12 +63,7 @@ class WaveEmbedding(Embedding):
             if augment.shape != (len(t), self.augments):
                 raise ValueError(f"`augment` must have shape ({len(t)}, {self.augments}) (got {tuple(augment.shape)})")
             waves = waves + self.augment(augment.to(waves))
-        h = self.time(waves)
-        if self.label is not None:
-            h = h + self.label(self.checked(label, t))
-        elif label is not None:
-            raise ValueError("`label` was given to a network without classes: build it with classes=N or drop the label")
-        return F.silu(h)
+        return self.with_label(self.time(waves), t, label)
 
     def waves(self, t: Tensor) -> Tensor:
         t = self.t_scale * t.to(torch.promote_types(t.dtype, torch.float32))  # wide, as in `Embedding`

@@ -33,12 +33,7 @@ class Times(Embedding):
         """Embedding (B, channels); the last input is 1 where any of the numbers `augment` (B, K) is not 0."""
         flag = torch.zeros_like(t) if augment is None else (augment != 0).any(1).to(t)
         waves = torch.cat([self.waves(t), flag.to(torch.promote_types(t.dtype, torch.float32))[:, None]], dim=1)
-        h = self.time(waves.to(next(self.time.parameters()).dtype))
-        if self.label is not None:
-            h = h + self.label(self.checked(label, t))
-        elif label is not None:
-            raise ValueError("`label` was given to a network without classes: build it with classes=N or drop the label")
-        return F.silu(h)
+        return self.with_label(self.time(waves.to(next(self.time.parameters()).dtype)), t, label)
 
     def waves(self, t: Tensor) -> Tensor:
         t = t.to(torch.promote_types(t.dtype, torch.float32))
