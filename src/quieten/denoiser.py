@@ -149,6 +149,12 @@ class Denoiser(nn.Module, ABC):
     process: Process
     shape: tuple[int, ...] | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are: the CPU if it has none."""
+        tensor = next((t for t in (*self.parameters(), *self.buffers())), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
     @abstractmethod
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         """E[x0 | x_t], and the variance if it knows one.

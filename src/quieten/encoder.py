@@ -328,10 +328,10 @@ class EncodedFlow(Transition):
         if not isinstance(process, Encoded) or not process.knows_score:
             raise ValueError(f"EncodedFlow needs a denoiser with the counterterm 'split', or an encoder that was not trained "
                              f"(got the process {process}): sample it with Ancestral()")  # fmt: skip
+        if lam_s == float("inf"):
+            return Step(process.bridge(x_t, x_t, lam_t, lam_s))  # rescales the state, whatever the network says
         x0, eps, rate = _flow(denoiser, process, x_t, lam_t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.scales(lam_t), process.scales(lam_s)
-        if lam_s == float("inf"):
-            return Step(process.bridge(x0.mean if process.counterterm == "sigma2" else x0, x_t, lam_t, lam_s), x0)
         span, h = sigma_s / alpha_s - sigma_t / alpha_t, lam_s - lam_t
         y = x_t / spread_over(alpha_t, x_t)
         alpha, span, h = (spread_over(value, x_t) for value in (alpha_s, span, h))

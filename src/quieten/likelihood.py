@@ -189,7 +189,7 @@ def evaluate(
     Raises:
         ValueError: As `elbo`, and if the bound of an example is not finite.
     """
-    device = _device_of(denoiser)
+    device = denoiser.device
     bounds = []
     for i in range(0, max(len(x0), 1), batch):
         rows = slice(i, min(i + batch, len(x0)))
@@ -234,7 +234,7 @@ def fit_decoder(
     """
     if not decoder.uses_step:
         return decoder
-    transition, device, total = transition or Ancestral(), _device_of(denoiser), 0.0
+    transition, device, total = transition or Ancestral(), denoiser.device, 0.0
     for i in range(0, len(x0), batch):
         rows = slice(i, min(i + batch, len(x0)))
         bound = denoiser.bind(**{name: value[rows].to(device) for name, value in (cond or {}).items()})
@@ -246,11 +246,6 @@ def fit_decoder(
     if not x0.numel():
         raise ValueError("`x0` holds no training data to fit the decoder on: give some, or a decoder with a variance")
     return decoder.fitted(total / x0.numel())
-
-
-def _device_of(denoiser: Denoiser) -> torch.device:
-    tensor = next((t for t in (*denoiser.parameters(), *denoiser.buffers())), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 # ---- in steps

@@ -139,7 +139,7 @@ def generate(
         first: Index of the first sample; sample i of a seed is the same in every call that covers it.
         shape: Shape of one sample; None asks the denoiser.
         dtype: Of the state.
-        device: None is that of the denoiser's parameters.
+        device: None is that of the denoiser.
         last: As in `trajectory`.
         progress: Called with the number of samples finished, after each chunk.
 
@@ -152,9 +152,7 @@ def generate(
     _check_dtype("dtype", dtype)
     if n < 0 or batch < 1:
         raise ValueError(f"`n` must not be negative and `batch` at least 1 (got {n}, {batch})")
-    if device is None:
-        tensor = next((t for t in (*denoiser.parameters(), *denoiser.buffers())), None)
-        device = torch.device("cpu") if tensor is None else tensor.device
+    device = denoiser.device if device is None else device
     transition = Ancestral() if transition is None else transition
     start = denoiser.process.prior(check_grid(grid, revisits=transition.revisits)[0])
     full = {name: _rows(name, value, n, device) for name, value in (cond or {}).items()}

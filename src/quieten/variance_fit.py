@@ -253,7 +253,7 @@ def _fit_analytic(
             x0, label = data.batch(index)
             yield Batch(x0.to(device), index, {} if label is None else {"label": label.to(device)})
 
-    device = next(source.denoiser.parameters()).device
+    device = source.denoiser.device
     with signals() as stop, Progress(n * count, 0, name) as progress:
 
         def update(done: int) -> None:

@@ -23,7 +23,7 @@ from ..progress import Progress
 from ..schedule import Schedule
 from ..source import Source, open_source
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "results_folder"]
 
 Row = dict[str, float | int]
 
@@ -52,7 +52,7 @@ def diagnose(
     if opened.denoiser.process not in PROCESSES.values():
         raise ValueError(f"`source` noises encoded data ({opened.denoiser.process}) and regresses on another mean: measure it "
                          "with `quieten nll`")  # fmt: skip
-    folder = _folder(opened, out)
+    folder = results_folder(opened, out, "diagnosis.json", b"{}\n")
     examples, labels, name = _examples(opened, data, split, bank, seed, batch)
     lam = _levels(opened.schedule, levels)
     counts = sorted({n for n in references if n < len(examples)})
@@ -82,13 +82,13 @@ def _tell(progress: Progress, pairs: int, levels: int) -> None:
     progress.update(levels * pairs)
 
 
-def _folder(source: Source, out: Path | None) -> Path:
-    """Where to write, tried before the work begins."""
+def results_folder(source: Source, out: Path | None, file: str, content: bytes) -> Path:
+    """Where to write, tried with a first version of a file before the work begins."""
     folder = (source.home.parent if source.home.name == "samples" else source.home) / "diagnosis" if out is None else out
     folder = folder.expanduser()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "diagnosis.json", b"{}\n")
+        write_atomic(folder / file, content)
     return folder
 
 
@@ -109,7 +109,7 @@ def _examples(
     index = torch.arange(len(whole))
     if bank is not None and bank < len(whole):
         index = distinct(bank, len(whole), torch.empty(0, dtype=torch.int64), seed, 0, "bank").sort().values
-    device = next(iter(source.denoiser.parameters()), torch.empty(0)).device
+    device = source.denoiser.device
     labels = whole.labels[index].to(device) if source.classes and whole.labels is not None else None
     return _values(source, whole, index, batch, device), labels, whole.name
 

@@ -116,7 +116,7 @@ def _class_guide(source: Source, what: str, n: int, scale: float, classifier: st
                          "one on the model's data")  # fmt: skip
     count = len(judge.classes) or int(judge.net.classes)  # type: ignore[arg-type]
     label, columns = chosen(judge.classes or tuple(map(str, range(count))), what, n, "guide")
-    device = next((p.device for p in source.denoiser.parameters()), torch.device("cpu"))
+    device = source.denoiser.device
     judge, words = judge.to(device), [] if what == "all" else ["".join(c if c.isalnum() else "-" for c in what)]
     guide = Guide(
         lambda rows: Classified(judge, label[rows], scale), False, "-".join(["guide", *words, f"{scale:g}"]),
@@ -170,7 +170,7 @@ def _measured_guide(
         operator = Downsample(_factor(factor, shape))
     whole = torch.zeros(1, *shape)
     y = _picture(measurement, shape, operator, tuple(operator(whole).shape[2:]))
-    device = next((p.device for p in source.denoiser.parameters()), torch.device("cpu"))
+    device = source.denoiser.device
     # back through the network: what is measured then tells of its surroundings too, which a variance by pixels cannot; and with
     # the variance of unit data, since a smaller one makes the gradient too stiff for few steps
     guidance = Measured(operator, y, std, scale, variance=1.0, jacobian="backward").to(device)

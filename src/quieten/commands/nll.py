@@ -198,7 +198,7 @@ def _load(name: str, split: str, size: Mapping[str, Any]) -> Dataset:
 def _examples(source: Source, data: Dataset, index: Tensor) -> Examples:
     x0, labels = data.batch(index)
     if source.encode is not None:
-        x0 = source.encode(x0.to(next(iter(source.denoiser.parameters())).device)).float().cpu()
+        x0 = source.encode(x0.to(source.denoiser.device)).float().cpu()
     shape = source.denoiser.shape
     if shape is not None and tuple(x0.shape[1:]) != tuple(shape):
         raise ValueError(f"{data.name} has examples of shape {tuple(x0.shape[1:])}, this model {tuple(shape)}: give other data")
@@ -282,7 +282,7 @@ def _places(source: Source, kernels: Kernels, decoder: Decoder, fitting: Example
     if kernels.transition.range or source.encoder is not None:
         raise ValueError("`--bound-grid optimal` is not for learned ranges, nor for models with an encoder: give another grid")
     chain = chain[linear(max(min(asked.levels, len(chain)), steps), len(chain)) - 1]
-    there = fitting.on(next(iter(kernels.model.parameters())).device)
+    there = fitting.on(kernels.model.device)
     with Progress(len(chain) * len(there), 0, "measuring the grid") as progress:
         costs = edge_costs(
             kernels.model.bind(**there.cond), there.x0, chain, decoder, draws=Draws(asked.seed, 1, range(len(there))),
@@ -316,7 +316,7 @@ def _fitted(
 
 def _by_ode(source: Source, decoder: Decoder, examples: Examples, asked: Asked) -> Bound:
     """The likelihood of the probability-flow ODE of the denoiser as it is, by one probe, as a bound of a single term."""
-    grid, device, parts = source.grid(asked.steps + 1, None), next(iter(source.denoiser.parameters())).device, []
+    grid, device, parts = source.grid(asked.steps + 1, None), source.denoiser.device, []
     cell = 2.0 * decoder.pixels.half if decoder.pixels is not None else 1.0
     dims = math.prod(examples.x0.shape[1:])
     with Progress(len(examples), 0, "ODE") as progress:

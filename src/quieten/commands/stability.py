@@ -17,6 +17,7 @@ from ..progress import Progress
 from ..source import Source, open_source
 from ..stability import SOLVERS, Chart, stability, stability_png
 from ..wrap import Clipped
+from .diagnose import results_folder
 from .guide import Guide, open_guide
 
 __all__ = ["diagnose_guidance"]
@@ -49,7 +50,7 @@ def diagnose_guidance(
         raise ValueError(f"`source` {source} draws latents: diagnose a model that draws pictures, or vectors, directly")
     asked: dict[str, Any] = {"classifier": classifier, "measurement": measurement, "mask": mask, "std": None}
     guides = {scale: open_guide(opened, guide, n, scale=scale, **asked) for scale in scales}
-    folder = _folder(opened, out)
+    folder = results_folder(opened, out, "guidance.csv", b"")
     denoiser = _unguided(opened, next(iter(guides.values()), None), n)
 
     def guidance(scale: float) -> Guidance:
@@ -59,7 +60,7 @@ def diagnose_guidance(
     with Progress(total, 0, "steps") as progress:
         chart = stability(
             denoiser, guidance, lambda count: opened.grid(count, None), opened.denoiser.shape, n=n, scales=scales, steps=steps,
-            solvers=solvers, reference=reference, seed=seed, device=_place(opened.denoiser), progress=progress.update,
+            solvers=solvers, reference=reference, seed=seed, device=opened.denoiser.device, progress=progress.update,
         )  # fmt: skip
     with writing(folder):
         write_atomic(folder / "guidance.png", stability_png(chart))
@@ -86,21 +87,7 @@ def _unguided(source: Source, guide: Guide | None, n: int) -> Denoiser:
         label = guide.classes
     else:
         label = torch.arange(n) % len(source.classes)
-    return denoiser.bind(label=label.to(_place(source.denoiser)))
-
-
-def _place(denoiser: Denoiser) -> torch.device:
-    return next((p.device for p in denoiser.parameters()), torch.device("cpu"))
-
-
-def _folder(source: Source, out: Path | None) -> Path:
-    """Where to write, tried before the work begins."""
-    folder = (source.home.parent if source.home.name == "samples" else source.home) / "diagnosis" if out is None else out
-    folder = folder.expanduser()
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "guidance.csv", b"")
-    return folder
+    return denoiser.bind(label=label.to(source.denoiser.device))
 
 
 def _csv(chart: Chart) -> bytes:

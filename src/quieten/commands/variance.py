@@ -109,7 +109,7 @@ def calibration(
         the next level pays for this variance: the mean of log u + error / u, u the variance plus that of the step's own noise
         seen from x0, in the coordinates in which it is diagonal), "error" (mean squared error), "clamped" (share below 0).
     """
-    device = next(opened.denoiser.parameters()).device
+    device = opened.denoiser.device
     out: dict[str, list[dict[str, float]]] = {}
     for name in names:
         source = load_variance(opened.variances, name, opened.denoiser, cap=1.0)
