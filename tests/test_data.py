@@ -14,10 +14,11 @@ from PIL import Image
 
 from quieten import idx, pictures
 from quieten.data import Dataset, LazyImages, Order, emoji, load, to_pixels
+from quieten.emoji import FONT, GROUPS, emoji_groups
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
-needs_emoji = pytest.mark.skipif(not pictures.EMOJI_FONT.exists(), reason="needs Debian's fonts-noto-color-emoji")
+needs_emoji = pytest.mark.skipif(not FONT.exists(), reason="needs Debian's fonts-noto-color-emoji")
 
 
 def picture(seed: int = 0, height: int = 12, width: int = 16) -> np.ndarray:
@@ -175,6 +176,27 @@ class TestNamed:
         assert len(load("emoji", size=24)) + len(load("emoji", split="test", size=24)) == len(whole)
         heart = whole.images.double()[:, :, 8:14, 8:16].mean((2, 3))
         assert (((heart[:, 0] > 200) & (heart[:, 1:] < 80).all(1)).sum()) > 5  # red comes first
+
+    @needs_emoji
+    @pytest.mark.skipif(not GROUPS.exists(), reason="needs Debian's unicode-data")
+    def test_emoji_groups(self) -> None:
+        """The labelled pictures are those of `emoji`, in the same splits: a picture held out of one is held out of both."""
+        for split in ("train", "test"):
+            grouped, plain = load("emoji-groups", split=split, size=16), load("emoji", split=split, size=16)
+            rows = {image.numpy().tobytes() for image in plain.images}
+            assert 0.9 * len(plain) < len(grouped) <= len(plain)
+            assert all(image.numpy().tobytes() in rows for image in grouped.images)
+        groups = emoji_groups()
+        assert groups["\N{GRINNING FACE}"] == "Smileys & Emotion"
+        assert groups["\N{BLACK HEART SUIT}"] == "Activities"  # asked for as a picture by a second code point
+        assert "1" not in groups  # a keycap is more than one
+
+    def test_no_groups(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="unicode-data"):
+            emoji_groups(tmp_path / "none.txt")
+        (tmp_path / "empty.txt").write_text("# group: none\n")
+        with pytest.raises(ValueError, match="names no emoji"):
+            emoji_groups(tmp_path / "empty.txt")
 
     def test_emoji_font_missing(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="fonts-noto-color-emoji"):

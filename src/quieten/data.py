@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .emoji import FONT, draw_emoji, emoji_groups
 from .idx import CLASSES, MIRRORS, class_names, find_idx, idx_file, read_idx
 from .image_sets import (
     SETS,
@@ -27,11 +28,11 @@ from .image_sets import (
     read_imagenet,
 )
 from .noise import Noise
-from .pictures import EMOJI_FONT, IN_MEMORY, LazyImages, draw_emoji, pixels, read_pictures
+from .pictures import IN_MEMORY, LazyImages, pixels, read_pictures
 
 __all__ = ["NAMES", "Dataset", "LazyImages", "MappedImages", "Order", "emoji", "load", "to_pixels"]
 
-NAMES = ("digits", "emoji", "fashion-mnist", "mnist", *SETS)
+NAMES = ("digits", "emoji", "fashion-mnist", "mnist", "emoji-groups", *SETS)
 """The names `load` knows; everything else is a path."""
 
 SPLITS, CROPS = ("train", "test"), ("center", "pad", "stretch")
@@ -168,7 +169,7 @@ def load(
         - `digits`: 1,797 handwritten digits, 8x8, inside scikit-learn; every sixth is test (299).
         - `fashion-mnist`, `mnist`: idx files, sought in `data`/NAME, `data`, $QUIETEN_DATA/NAME, /usr/share/datasets/NAME
           (Debian's dataset-fashion-mnist), the user's cache ~/.cache/quieten/NAME.
-        - `emoji`: see `emoji`; every sixth is test.
+        - `emoji`: see `emoji`; every sixth is test. `emoji-groups`: those in Unicode's groups, as labels; the splits agree.
         - `cifar10` (binary version), `imagenet32`, `imagenet64` (npz files), `celeba`, `lsun-bedroom` (pictures), sought in the
           same places; CelebA's splits are those of list_eval_partition.txt where it lies beside the pictures.
     Paths:
@@ -224,7 +225,7 @@ def load(
     return _refit(whole, size, channels, crop)
 
 
-def emoji(size: int = 32, font: str | Path = EMOJI_FONT) -> Dataset:
+def emoji(size: int = 32, font: str | Path = FONT) -> Dataset:
     """Emoji as pictures: one for each code point that the font draws (1,446 of them), trimmed, on white.
 
     Arguments:
@@ -238,7 +239,7 @@ def emoji(size: int = 32, font: str | Path = EMOJI_FONT) -> Dataset:
         ValueError: If the font is missing or draws nothing.
     """
     _check(size=size)
-    return Dataset("emoji", draw_emoji(size, font), None, ())
+    return Dataset("emoji", draw_emoji(size, font)[0], None, ())
 
 
 def _check(
@@ -262,9 +263,26 @@ def _check(
 def _named(name: str, split: str, labels: bool, data: str | Path | None, download: bool, size: int | None) -> Dataset:
     if name in MIRRORS:
         return Dataset(name, *read_idx(find_idx(name, split, data, download), split, labels, name))
-    whole = _digits(labels) if name == "digits" else emoji(size or 32, data or EMOJI_FONT)
-    sixth = torch.arange(len(whole)) % 6 == 5
-    return whole.subset(sixth if split == "test" else ~sixth)
+    if name == "emoji-groups":
+        return _grouped(split, labels, data, size)
+    whole = _digits(labels) if name == "digits" else emoji(size or 32, data or FONT)
+    return whole.subset(_part(len(whole), split))
+
+
+def _part(n: int, split: str) -> Tensor:
+    """Which of n examples belong to a split, bool (n,): every sixth is test."""
+    sixth = torch.arange(n) % 6 == 5
+    return sixth if split == "test" else ~sixth
+
+
+def _grouped(split: str, labels: bool, font: str | Path | None, size: int | None) -> Dataset:
+    images, characters = draw_emoji(size or 32, font or FONT)
+    groups = emoji_groups()
+    known = [groups.get(character) for character in characters]
+    classes = tuple(dict.fromkeys(groups.values()))  # in Unicode's order
+    number = torch.tensor([-1 if group is None else classes.index(group) for group in known])
+    kept = _part(len(images), split) & (number >= 0)
+    return Dataset("emoji-groups", images[kept], number[kept] if labels else None, classes if labels else ())
 
 
 def _digits(labels: bool) -> Dataset:

@@ -1,4 +1,4 @@
-"""Pictures: decoding one, folders and zips of them, emoji."""
+"""Pictures: decoding one, folders and zips of them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from .idx import class_names
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["EMOJI_FONT", "LazyImages", "draw_emoji", "pixels", "read_pictures"]
+__all__ = ["LazyImages", "pixels", "read_pictures"]
 
 IN_MEMORY = 2 * 2**30
 """Bytes of decoded pixels up to which a folder of images is held in memory."""
 
-EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 T = TypeVar("T")
 
@@ -316,28 +315,3 @@ def _fit(image: Image.Image, size: int | None, crop: str) -> Image.Image:
     if crop == "pad":
         return ImageOps.pad(image, square, bicubic, color="white")
     return ImageOps.fit(image, square, bicubic) if crop == "center" else image.resize(square, bicubic)
-
-
-# ---- emoji
-
-
-def draw_emoji(size: int, font: str | Path) -> Tensor:
-    """Every code point that the font draws, uint8 (N, 3, size, size); ValueError if it is missing or draws none."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    remedy = "install Debian's fonts-noto-color-emoji, or name NotoColorEmoji.ttf with `data`"
-    try:  # 109 is the size of these bitmaps; basic layout: single code points need no shaping
-        face = ImageFont.truetype(str(font), 109, layout_engine=ImageFont.Layout.BASIC)
-    except OSError as error:
-        raise ValueError(f"`font` {str(font)!r} cannot be read ({error}): {remedy}") from error
-    blocks = (range(0x20, 0x3400), range(0x1F000, 0x20000), range(0xFE000, 0xFF000))  # where fonts keep emoji
-    pictures = []
-    for character in (chr(code) for block in blocks for code in block):
-        if face.getmask(character, mode="RGBA").getbbox() is None:
-            continue  # no such glyph, or an invisible one
-        canvas = Image.new("RGBA", (192, 192), (255, 255, 255, 0))
-        ImageDraw.Draw(canvas).text((24, 24), character, font=face, embedded_color=True)
-        pictures.append(pixels(canvas.crop(canvas.getbbox()), 3, size, "pad"))
-    if not pictures:
-        raise ValueError(f"`font` {str(font)!r} draws no emoji: {remedy}")
-    return torch.from_numpy(np.stack(pictures))
