@@ -56,6 +56,7 @@ _WHERE = {
     "fit": ["train"],
     "features": ["Extractor", "Statistics"],
     "metrics": ["frechet", "sliced_wasserstein"],
+    "energies": ["AutoencoderEnergy", "PerceptronValue", "ResidualValue", "autoencoder", "default_value"],
     "interop": ["from_diffusers", "to_diffusers"],
     "interop.optimal": ["OptimalCovarianceScheduler", "VarianceUNet"],
 }  # fmt: skip
