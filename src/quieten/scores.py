@@ -1,0 +1,173 @@
+"""How strange an example is, without an energy, and how well any score tells the strange from the normal.
+
+Scores are one number per example, high where it is strange. Features (N, F) are what somebody else made of images, or the
+pixels themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .noise import Noise
+
+__all__ = ["AUROC", "auroc", "denoising_errors", "neighbour_distance", "reconstruction_error", "roc"]
+
+
+@dataclass(frozen=True)
+class AUROC:
+    """Area under the ROC curve: the chance that a strange example scores above a normal one, ties counting half.
+
+    Attributes:
+        value: 0.5 is chance, 1 perfect.
+        error: One standard error over draws of the examples; NaN where either kind has fewer than two.
+        normal: Number of normal examples.
+        strange: Number of the others.
+    """
+
+    value: float
+    error: float
+    normal: int
+    strange: int
+
+    def __str__(self) -> str:
+        return f"AUROC {self.value:.4f} ± {self.error:.4f} ({self.strange:,} strange against {self.normal:,} normal)"
+
+
+def auroc(scores: Tensor, strange: Tensor) -> AUROC:
+    """The area under the ROC curve and its standard error, in float64.
+
+    Arguments:
+        scores: One number per example (N,), high where it is strange.
+        strange: bool (N,), the truth.
+
+    Raises:
+        ValueError: If the shapes differ, a score is NaN, or one of the two kinds is missing.
+
+    References:
+        | Comparing the Areas under Two or More Correlated ROC Curves (DeLong, DeLong, Clarke-Pearson, 1988), eq. 2 and 3
+    """
+    scores, strange = _checked(scores, strange)
+    m, n = int(strange.sum()), int((~strange).sum())
+    ranks = _midranks(scores)
+    above = (ranks[strange] - _midranks(scores[strange])) / n  # share of normal ones below each strange one
+    below = 1.0 - (ranks[~strange] - _midranks(scores[~strange])) / m
+    error = math.sqrt(float(above.var()) / m + float(below.var()) / n) if min(m, n) > 1 else math.nan
+    return AUROC(float(above.mean()), error, n, m)
+
+
+def roc(scores: Tensor, strange: Tensor) -> tuple[Tensor, Tensor]:
+    """The curve itself: rates of false alarms and of finds, from (0, 0) to (1, 1), one point per distinct score.
+
+    Arguments and errors are those of `auroc`.
+    """
+    scores, strange = _checked(scores, strange)
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    finds = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, strange.double()).flip(0).cumsum(0)
+    alarms = counts.double().flip(0).cumsum(0) - finds
+    start = torch.zeros(1, dtype=torch.float64)
+    return torch.cat([start, alarms / alarms[-1]]), torch.cat([start, finds / finds[-1]])
+
+
+def _checked(scores: Tensor, strange: Tensor) -> tuple[Tensor, Tensor]:
+    scores, strange = scores.detach().to("cpu", torch.float64), strange.cpu()
+    if scores.ndim != 1 or scores.shape != strange.shape or strange.dtype != torch.bool:
+        got = f"{tuple(scores.shape)}, {strange.dtype} {tuple(strange.shape)}"
+        raise ValueError(f"`scores` must be (N,) and `strange` bool (N,) (got {got})")
+    if scores.isnan().any():
+        raise ValueError(f"`scores` holds NaN for {int(scores.isnan().sum())} of {len(scores)} examples: look at those")
+    if not strange.any() or strange.all():
+        raise ValueError(f"`strange` marks {int(strange.sum())} of {len(strange)}: both kinds are needed")
+    return scores, strange
+
+
+def _midranks(values: Tensor) -> Tensor:
+    """Ranks from 1, equal values sharing their mean rank."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[place]
+
+
+@torch.no_grad()
+def denoising_errors(
+    denoiser: Denoiser,
+    x0: Tensor,
+    levels: Sequence[float],
+    *,
+    cond: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    batch: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The loss that DDPM trains on, of every dimension of every example: the mean over `levels` of (eps - eps_hat)^2.
+
+    The mean over dimensions is the score of an example, the mean over channels a map of it. The denoiser is put in evaluation
+    mode. Noise belongs to the example, so a score does not depend on the batch.
+
+    Arguments:
+        denoiser: Trained on what counts as normal.
+        x0: Examples (N, *).
+        levels: Log-SNRs, finite.
+        cond: Conditions, each (N, ...).
+        seed: Of the noise.
+        batch: Examples at once.
+        progress: Called with the number of examples done.
+
+    Raises:
+        ValueError: If there is no level, or one is not finite.
+    """
+    lams = [float(lam) for lam in levels]
+    if not lams or not all(map(math.isfinite, lams)):
+        raise ValueError(f"`levels` must be finite log-SNRs (got {lams[:4]})")
+    denoiser.eval()
+    parts = []
+    for i in range(0, len(x0), batch):
+        rows = slice(i, min(i + batch, len(x0)))
+        x = x0[rows].to(denoiser.device)
+        bound = denoiser.bind(**{name: value[rows].to(denoiser.device) for name, value in (cond or {}).items()})
+        noise, total = Noise(seed, range(rows.start, rows.stop)), torch.zeros_like(x)
+        for k, lam in enumerate(lams):
+            eps = noise.normal(x, k, "score")
+            x_t = denoiser.process.marginal(x, lam).sample(eps)
+            total += (bound.predict(x_t, lam, "eps") - eps).square_()
+        parts.append(total.div_(len(lams)).cpu())
+        if progress is not None:
+            progress(rows.stop)
+    return torch.cat(parts) if parts else torch.zeros_like(x0)
+
+
+def reconstruction_error(train: Tensor, features: Tensor, keep: float = 0.95) -> Tensor:
+    """Squared distance to the principal components that hold a share `keep` of the variance of normal data: (N,), float64.
+
+    Arguments:
+        train: Features of normal examples (M, *), flattened.
+        features: Those to score (N, *).
+        keep: Share of variance in (0, 1), or a number of components.
+    """
+    from sklearn.decomposition import PCA
+
+    normal, x = _rows(train, features)
+    model = PCA(keep, svd_solver="full").fit(normal)
+    return torch.from_numpy(((x - model.inverse_transform(model.transform(x))) ** 2).sum(1))
+
+
+def neighbour_distance(train: Tensor, features: Tensor, k: int = 5) -> Tensor:
+    """Mean distance to the k nearest normal examples: (N,), float64. Arguments as in `reconstruction_error`."""
+    from sklearn.neighbors import NearestNeighbors
+
+    normal, x = _rows(train, features)
+    if not 1 <= k <= len(normal):
+        raise ValueError(f"`k` must be in 1..{len(normal)}, the normal examples (got {k})")
+    return torch.from_numpy(NearestNeighbors(n_neighbors=k, algorithm="brute").fit(normal).kneighbors(x)[0].mean(1))
+
+
+def _rows(train: Tensor, features: Tensor) -> tuple[Any, Any]:
+    normal, x = (t.detach().cpu().double().flatten(1) for t in (train, features))
+    if normal.shape[1] != x.shape[1] or not len(normal):
+        raise ValueError(f"`train` and `features` must be of one width (got {tuple(train.shape)}, {tuple(features.shape)})")
+    return normal.numpy(), x.numpy()
