@@ -51,6 +51,7 @@ _WHERE = {
     "variance": ["load_variance"],
     "variance_fit": ["fit_variance"],
     "samplers": ["SAMPLERS", "sampler"],
+    "policy": ["Policy", "Rollout", "Tuned"],
     "config": ["load_recipe", "recipe_names"],
     "runs": ["Run", "export", "load"],
     "fit": ["train"],
