@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import quieten.watch
 from quieten.config import with_overrides
 from quieten.data import Dataset
-from quieten.fit import _learning_rate, fit, train
+from quieten.fit import fit, train
+from quieten.loop import learning_rate
 from quieten.runs import Run
 from quieten.schema import Train
 from toy import toy_data, toy_run
@@ -163,12 +164,12 @@ def test_the_average_has_the_half_life_that_the_recipe_says(tmp_path: Path) -> N
 
 def test_the_learning_rate_rises_and_falls() -> None:
     plan = Train(lr=2.0, warmup=40, batch=10, images=1000)
-    rates = [_learning_rate(plan, step, 100) for step in range(100)]
+    rates = [learning_rate(plan, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.5)
     assert rates[50] == pytest.approx(1.0)
     assert rates[99] < 1e-3
     assert max(rates) == max(rates[:5])
-    constant = [_learning_rate(plan.model_copy(update={"decay": "constant"}), step, 100) for step in range(100)]
+    constant = [learning_rate(plan.model_copy(update={"decay": "constant"}), step, 100) for step in range(100)]
     assert constant[3:] == [2.0] * 97
 
 

@@ -10,7 +10,8 @@ import torch
 from quieten.commands.variance import fit as fit_variance
 from quieten.config import Recipe, build_sampler, build_schedule, load_recipe, resolve, with_overrides
 from quieten.data import Dataset
-from quieten.fit import _learning_rate, fit
+from quieten.fit import fit
+from quieten.loop import learning_rate
 from quieten.oracle import GaussianData
 from quieten.parts import build
 from quieten.process import PROCESSES
@@ -163,4 +164,4 @@ def test_the_learning_rate_is_edms(golden) -> None:
     for images, theirs in zip(arrays["ramp_cur_nimg"][1:], arrays["ramp_lr"][1:], strict=True):
         step, rest = divmod(int(images), plan.batch)
         if not rest:
-            assert math.isclose(_learning_rate(plan, step - 1, 390_625), theirs, rel_tol=1e-12)
+            assert math.isclose(learning_rate(plan, step - 1, 390_625), theirs, rel_tol=1e-12)

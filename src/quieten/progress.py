@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -47,17 +45,16 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def update(self, images: int, row: Mapping[str, Any] | None = None) -> None:
-        """Images done so far, and a line of training metrics when there is a new one."""
+    def update(self, images: int, words: str | None = None) -> None:
+        """Images done so far, and what to say of them when there is something new; until then it is their rate."""
         self.done, now = min(images, self.total), time.monotonic()
-        if row is not None:
-            plain = f" (plain {row['plain_loss']:.4f})" if "plain_loss" in row else ""  # what stable targets took away is in it
-            self.text, self.told = f"loss {row['loss']:.4f}{plain} {row['images_per_s']:.0f} images/s", True
+        if words is not None:
+            self.text, self.told = words, True
         elif not self.told:
             self.text = f"{(self.done - self.first) / max(now - self.start, 1e-9):.0f} images/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, text=self.text)
-        elif self._due(now, row is not None):
+        elif self._due(now, words is not None):
             self.say(f"{self.title}: {self.done:,} of {self.total:,} images, {self.text}, {self._left()} left")
             self.said = now
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .covariance import Analytic, noise_of
 from .data import Dataset, Order
 from .denoiser import Denoiser
-from .fit import Row, fit
+from .fit import fit
+from .loop import Row
 from .matching import CovarianceMatching
 from .noise import Draws
 from .objective import Batch, noised_by

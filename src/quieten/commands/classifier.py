@@ -107,7 +107,7 @@ def _trained(
             seen += batch
             if step % 50 == 0 or step == steps:
                 rate, shown_at = seen / (time.monotonic() - shown_at), time.monotonic()
-                progress.update(step * batch, {"loss": float(loss), "images_per_s": rate})
+                progress.update(step * batch, f"loss {float(loss):.4f} {rate:.0f} images/s")
                 seen = 0
             if stop.is_set() or (step < steps and time.monotonic() - saved_at > SAVE_EVERY):
                 with writing(out):
