@@ -23,10 +23,14 @@ class Progress:
         done: Images there were before.
         title: What is done.
         show: False says nothing at all.
+        unit: What is counted, if not images.
+
+    Attributes:
+        total: May be changed while it runs, where it was a forecast.
     """
 
-    def __init__(self, total: int, done: int, title: str, show: bool = True):
-        self.total, self.done, self.title, self.show = total, done, title, show
+    def __init__(self, total: int, done: int, title: str, show: bool = True, unit: str = "images"):
+        self.total, self.done, self.title, self.show, self.unit = total, done, title, show, unit
         self.console = Console(stderr=True)
         self.start, self.first, self.said, self.text, self.told = time.monotonic(), done, 0.0, "", False
         self.bar: Bar | None = None
@@ -51,11 +55,11 @@ class Progress:
         if words is not None:
             self.text, self.told = words, True
         elif not self.told:
-            self.text = f"{(self.done - self.first) / max(now - self.start, 1e-9):.0f} images/s"
+            self.text = f"{(self.done - self.first) / max(now - self.start, 1e-9):.0f} {self.unit}/s"
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, text=self.text)
+            self.bar.update(self.task, completed=self.done, total=self.total, text=self.text)
         elif self._due(now, words is not None):
-            self.say(f"{self.title}: {self.done:,} of {self.total:,} images, {self.text}, {self._left()} left")
+            self.say(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.text}, {self._left()} left")
             self.said = now
 
     def say(self, line: str) -> None:
