@@ -56,8 +56,10 @@ _WHERE = {
     "runs": ["Run", "export", "load"],
     "fit": ["train"],
     "features": ["Extractor", "Statistics"],
-    "metrics": ["frechet", "sliced_wasserstein"],
+    "metrics": ["Manifold", "energy_distance", "frechet", "kid", "prdc", "sliced_wasserstein"],
     "energies": ["AutoencoderEnergy", "PerceptronValue", "ResidualValue", "autoencoder", "default_value"],
+    "reward": ["RewardSettings", "RewardTuning", "tune_to_reward"],
+    "scores": ["auroc"],
     "interop": ["from_diffusers", "to_diffusers"],
     "interop.optimal": ["OptimalCovarianceScheduler", "VarianceUNet"],
 }  # fmt: skip

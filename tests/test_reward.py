@@ -1,0 +1,199 @@
+"""Tuning to a reward: the cost of leaving the reference, and the exact tilt of a linear-Gaussian chain."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import refuses, within
+from quieten.denoiser import Denoiser
+from quieten.gaussian import Gaussian
+from quieten.noise import Draws
+from quieten.oracle import GaussianData
+from quieten.policy import Policy
+from quieten.process import VP, Level
+from quieten.reward import RewardSettings, RewardTuning, load_reward, reference_cost, tune_to_reward
+
+LAMS = torch.tensor([-3.0, -1.0, 0.5, math.inf], dtype=torch.float64)
+T = len(LAMS) - 1
+
+
+class Affine(Denoiser):
+    """x0 = a_k x + b_k: its policies have affine means, of free slope and shift in each step."""
+
+    process = VP
+    shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        data = GaussianData(torch.tensor([0.3, -0.2]), torch.tensor(0.8), VP)
+        zero = torch.zeros(1, 2, dtype=torch.float64)
+        means = [(data(zero, lam).mean[0], data(zero + 1, lam).mean[0]) for lam in LAMS[:-1].tolist()]
+        self.a = nn.Parameter(torch.stack([one - at for at, one in means]).double())
+        self.b = nn.Parameter(torch.stack([at for at, _ in means]).double())
+
+    def forward(self, x: Tensor, lam: Level, **cond: object) -> Gaussian:
+        if isinstance(lam, Tensor):
+            k = (lam.reshape(-1, 1).to(LAMS) - LAMS[:-1]).abs().argmin(1)
+        else:
+            k = (lam - LAMS[:-1]).abs().argmin()
+        return Gaussian(self.a[k] * x + self.b[k])
+
+
+class Quadratic(nn.Module):
+    """V(x, k) = sum of h_k x^2 / 2 + g_k x, plus c_k, for the samples too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.g = (nn.Parameter(torch.zeros(T + 1, 2).double()) for _ in range(2))
+        self.c = nn.Parameter(torch.zeros(T + 1).double())
+
+    def forward(self, x: Tensor, k: int | Tensor, **cond: object) -> Tensor:
+        return (0.5 * self.h[k] * x.square() + self.g[k] * x).sum(-1) + self.c[k]
+
+
+def chain(policy: Policy) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(A, b, rho^2) of each step, per dimension."""
+    zero, out = torch.zeros(1, 2, dtype=torch.float64), []
+    with torch.no_grad():
+        for k in range(policy.T):
+            at, one = policy.step(zero, k), policy.step(zero + 1, k)
+            out.append(((one.mean - at.mean)[0], at.mean[0], at.var.expand(1, 2)[0].double()))
+    return out
+
+
+def tilted(reference: list[tuple[Tensor, Tensor, Tensor]], kappa: float, m: Tensor, tau: float):
+    """Spec: the exact optimum for the reward -kappa (x_T - m)^2 / 2, step by step from the last: (A, b, variance)."""
+    K, G, out = kappa * torch.ones(2).double(), -kappa * m, []
+    for A, b, var in reversed(reference):
+        d = 1 + K * var / tau
+        new = 1 / (1 / var + K / tau)
+        out.append((new * A / var, new * (b / var - G / tau), new))
+        K, G = A**2 * K / d, A * (K * b + G) / d
+    return out[::-1]
+
+
+def built() -> Policy:
+    return Policy(Affine(), LAMS, trained="all", std=torch.tensor([0.8, 0.6, 0.4]).double()).double()
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_converges_to_the_exact_tilt(differentiable: bool, one_thread: None) -> None:
+    m, kappa, tau = torch.tensor([1.5, -1.0]).double(), 1.0, 0.5
+    policy = built()
+    reference = chain(policy)
+
+    def reward(x: Tensor) -> Tensor:
+        x = x if differentiable else x.detach()
+        return -0.5 * kappa * (x - m).square().sum(1)
+
+    settings = RewardSettings(
+        tau=tau, differentiable=differentiable, lr=0.03, lr_std=0.03, lr_value=0.1, clip=None, betas=(0.8, 0.99)
+    )
+    tuning = RewardTuning(policy, reward, Quadratic(), settings=settings)
+    rows = tune_to_reward(tuning, 500, 256, decay=0.8)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
+    for k, (got, want) in enumerate(zip(chain(policy), tilted(reference, kappa, m, tau), strict=True)):
+        for g, w, what in zip(got, want, ("slope", "shift", "variance"), strict=True):
+            within(1e-2, (g - w).abs().max(), f"step {k}, {what}")
+
+
+def test_reference_cost_is_the_stated_form() -> None:
+    m, m_ref = torch.randn(2, 4, 3, dtype=torch.float64)
+    rho, rho_ref = 0.3, torch.tensor([0.5, 0.2, 0.9], dtype=torch.float64)
+    p, ref = Gaussian(m, torch.tensor(rho**2, dtype=torch.float64)), Gaussian(m_ref, rho_ref**2)
+    want = (torch.log(rho_ref / rho) + (rho**2 + (m - m_ref) ** 2) / (2 * rho_ref**2) - 0.5).sum(1)
+    within(1e-12, (reference_cost(p, ref) - want).abs().max(), "cost against its formula")
+    within(1e-12, (reference_cost(p, ref, "mean") - want / 3).abs().max(), "per dimension")
+    assert reference_cost(ref, ref).abs().max() == 0
+
+
+def test_starts_at_the_reference_and_leaves_it_alone() -> None:
+    policy = built().float()
+    before = [p.clone() for p in policy.parameters()]
+    tuning = RewardTuning(policy, lambda x: x.sum(1), settings=RewardSettings(lr=0.01, lr_std=0.01))
+    first = tuning.iterate(64, draws=Draws(0, 0, range(64)))
+    assert float(first["nats"]) == pytest.approx(0.0, abs=1e-6)
+    second = tuning.iterate(torch.zeros(64, 2), draws=Draws(0, 1, range(64)))
+    assert float(second["nats"]) > 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(before, tuning.reference.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert all(p.requires_grad for p in tuning.value.parameters())
+
+
+def test_conditions_stay_with_their_rows() -> None:
+    """The reward looks for the label that the network was told: any permuted row would show."""
+
+    class Labelled(Affine):
+        def forward(self, x: Tensor, lam: Level, label: Tensor | None = None, **cond: object) -> Gaussian:
+            assert label is not None
+            return Gaussian(super().forward(x, lam).mean * 0 + label.to(x)[:, None])
+
+    seen = []
+
+    def reward(x: Tensor, label: Tensor) -> Tensor:
+        seen.append((x - label[:, None]).detach().abs().max())
+        return x.sum(1)
+
+    policy = Policy(Labelled(), LAMS, trained="all", std=torch.tensor([0.5, 0.5, 1e-3]).double()).float()
+    tuning = RewardTuning(policy, reward)
+    for step in range(3):
+        tuning.iterate(40, {"label": torch.arange(40)}, Draws(0, step, range(40)))
+    assert max(map(float, seen)) < 0.02
+    assert len(seen) == 6
+
+
+def test_bias_is_zero_where_the_start_tells_nothing() -> None:
+    """V^0 is constant when every step forgets where it came from, and is not when it remembers."""
+
+    def bias(slope: float) -> float:
+        policy = built()
+        with torch.no_grad():
+            lams = LAMS[:-1].tolist()
+            for k in range(T):  # cancel the state's own share, then set the slope of the mean
+                at, one = (policy.step(torch.full((1, 2), v).double(), k).mean for v in (0.0, 1.0))
+                b = policy.denoiser.process.coefficients(lams[k], float(LAMS[k + 1]), 1.0)[1]
+                policy.denoiser.a[k] += (slope - (one - at)[0]) / b
+        settings = RewardSettings(lr=0.0, lr_std=0.0, lr_value=0.05, tau=1.0)
+        tuning = RewardTuning(policy.float(), lambda x: x.sum(1), Quadratic().float(), settings=settings)
+        return tune_to_reward(tuning, 150, 256)[-1]["bias"]
+
+    assert bias(0.0) < 0.1
+    assert bias(0.9) == pytest.approx(math.sqrt(2) * 0.9**T, rel=0.2)
+
+
+def test_refusals(tmp_path, monkeypatch) -> None:
+    policy = built().float()
+    with refuses("`reward`", "differentiable=False"):
+        RewardTuning(policy, lambda x: x.detach().sum(1)).iterate(32)
+    with refuses("not finite"):
+        RewardTuning(policy, lambda x: x.sum(1) / 0).iterate(8)
+    with refuses("iteration 1", "not finite"):
+        tune_to_reward(RewardTuning(policy, lambda x: x.sum(1) / 0), 2, 8)
+    with refuses("one number per example"):
+        RewardTuning(policy, lambda x: x).iterate(8)
+    with refuses("`tau`"):
+        RewardSettings(tau=0.0)
+    with refuses("`n_policy`"):
+        RewardSettings(n_policy=0)
+    with refuses("`reduction`"):
+        RewardSettings(reduction="max")  # type: ignore[arg-type]
+    frozen = Policy(GaussianData(torch.zeros(2), 1.0, VP), LAMS, trained="none")
+    with refuses("nothing to train"):
+        RewardTuning(frozen, lambda x: x.sum(1))
+    other = Policy(GaussianData(torch.zeros(2), 1.0, VP), LAMS[1:], trained="none")
+    with refuses("`reference`"):
+        RewardTuning(policy, lambda x: x.sum(1), reference=other)
+    from quieten.energies import PerceptronValue
+
+    with refuses("`value`", "T=7"):
+        RewardTuning(policy, lambda x: x.sum(1), PerceptronValue(2, T=7))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_rewards_for_a_test.py").write_text("def bright(x):\n    return x.flatten(1).mean(1)\nnumber = 3\n")
+    assert load_reward("own_rewards_for_a_test:bright")(torch.ones(2, 3)).tolist() == [1.0, 1.0]
+    for wrong in ("brightness", "own_rewards_for_a_test:dark", "no_such_module_here:f", "own_rewards_for_a_test:number"):
+        with refuses("--reward", wrong):
+            load_reward(wrong)
