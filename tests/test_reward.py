@@ -94,7 +94,7 @@ def test_converges_to_the_exact_tilt(differentiable: bool, one_thread: None) -> 
         tau=tau, differentiable=differentiable, lr=0.03, lr_std=0.03, lr_value=0.1, clip=None, betas=(0.8, 0.99)
     )
     tuning = RewardTuning(policy, reward, Quadratic(), settings=settings)
-    rows = tune_to_reward(tuning, 500, 256, decay=0.8)
+    rows = tune_to_reward(tuning, 700, 256, decay=0.8)
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
     for k, (got, want) in enumerate(zip(chain(policy), tilted(reference, kappa, m, tau), strict=True)):
         for g, w, what in zip(got, want, ("slope", "shift", "variance"), strict=True):
