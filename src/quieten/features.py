@@ -7,9 +7,9 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from .files import write_atomic
 
-__all__ = ["Extractor", "Statistics"]
+__all__ = ["Extractor", "Statistics", "gather_rows"]
+
+T = TypeVar("T")
 
 _BLOCK = 4096  # rows of features turned to float64 at a time
 
@@ -79,19 +81,49 @@ class Statistics:
             raise ValueError(f"features of {bad} of {len(block)} samples are NaN or infinite: look at those images")
         if len(block) == 0:
             return
-        if not self.n:
-            self.mean, self.covariance = (
-                block.new_zeros(block.shape[1]),
-                block.new_zeros((block.shape[1],) * 2),
-            )
-        n, b = self.n or 0, len(block)
-        block_mean = block.mean(0)
-        centred, shift = block - block_mean, block_mean - self.mean
-        scatter = self.covariance * max(n - 1, 0) + centred.T @ centred
+        mean = block.mean(0)
+        centred = block - mean
+        self._add(len(block), mean, centred.T @ centred)
+
+    def _add(self, b: int, mean: Tensor, scatter: Tensor) -> None:
+        """Adds b > 0 samples of a mean (F,) and a scatter about it (F, F)."""
+        n = self.n or 0
+        if not n:
+            self.mean, self.covariance = torch.zeros_like(mean), torch.zeros_like(scatter)
+        shift = mean - self.mean
+        scatter = self.covariance * max(n - 1, 0) + scatter
         scatter = torch.addr(scatter, shift, shift, alpha=n * b / (n + b))
         self.mean = self.mean + shift * (b / (n + b))
         self.covariance = scatter / max(n + b - 1, 1)
         self.n = n + b
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Adds the samples that another has seen, in place, and returns self: as if all had come in one pass.
+
+        Raises:
+            ValueError: If either does not know its number of samples, or they are of other widths or extractors.
+        """
+        if self.n is None or other.n is None:
+            raise ValueError("statistics of an unknown number of samples cannot be merged: give n to load()")
+        if self.extractor and other.extractor and self.extractor != other.extractor:
+            names = f"{self.extractor[:8]} and {other.extractor[:8]}"
+            raise ValueError(f"statistics come from extractors {names}: compute both with the same one")
+        if self.n and other.n and len(self.mean) != len(other.mean):
+            raise ValueError(f"statistics have {len(self.mean)} and {len(other.mean)} features: use one extractor throughout")
+        self.extractor = self.extractor or other.extractor
+        if other.n:
+            self._add(other.n, other.mean, other.covariance * max(other.n - 1, 0))
+        return self
+
+    def gather(self) -> Statistics:
+        """The statistics of all processes together, the same on each; self where there is one process only."""
+        parts = _everyone((self.mean, self.covariance, self.n, self.extractor))
+        if len(parts) == 1:
+            return self
+        total = Statistics(extractor=self.extractor)
+        for part in parts:
+            total.merge(Statistics(*part))
+        return total
 
     def save(self, path: str | Path) -> None:
         """Writes an npz with `mu` and `sigma`, as pytorch-fid and EDM read them, plus `n` and `extractor`."""
@@ -135,12 +167,24 @@ class Extractor:
         fn: Maps images (B, C, H, W) in [-1, 1] to features (B, F); any callable.
         hash: SHA-256 of what defines it.
         preprocessing: What happens to images on the way, in words.
+        given: What it is handed are features that it made before, see `for_features`.
     """
 
     name: str
     fn: Callable[[Tensor], Tensor]
     hash: str
     preprocessing: str = "images in [-1, 1], as they are"
+    given: bool = False
+
+    def for_features(self) -> Extractor:
+        """The same by name and hash, for features (N, F) that were extracted before: metrics then take those for images.
+
+        Example:
+            >>> pixels = Extractor.pixels()
+            >>> pixels.for_features().extract(torch.full((2, 3), 100.0)).shape
+            torch.Size([2, 3])
+        """
+        return replace(self, given=True)
 
     def extract(self, images: Tensor, batch: int = 256) -> Tensor:
         """Features (N, F) on the CPU, of images (N, C, H, W) in [-1, 1], computed without gradients.
@@ -151,6 +195,10 @@ class Extractor:
         if not images.is_floating_point() or images.dim() < 2 or len(images) == 0:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images must be floats (N, ...) in [-1, 1], got {got}: use pixels / 127.5 - 1 for bytes")
+        if self.given:
+            if images.dim() != 2:
+                raise ValueError(f"features must be (N, F), got {tuple(images.shape)}: pass images to the extractor itself")
+            return images.detach().cpu()
         if images.detach().abs().max() > 16:  # free of false alarms: unclipped samples stray, but not that far
             raise ValueError(f"images reach {float(images.abs().max()):.3g}: scale them to [-1, 1] first")
         rows = []
@@ -221,6 +269,44 @@ class Extractor:
         with safe_open(path, "pt") as file:
             options = json.loads(file.metadata()["options"])
         return cls.from_classifier(path, lambda: Classifier(**options), name=f"zoo classifier of {name}")
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of all processes in the order of their numbers, the same on each: those of one process as they are, sorted.
+
+    Arguments:
+        rows: What this process worked out (n, *), features or images; n may differ between processes.
+        index: Their places among all, int64 (n,): 0 .. N - 1, each on one process. Places that come twice, as when a sampler
+            fills its last batch up, are kept once.
+
+    Returns:
+        On the CPU, (N, *).
+
+    Raises:
+        ValueError: If places are missing.
+    """
+    if len(rows) != len(index):
+        raise ValueError(f"`index` must number the {len(rows)} rows (got {len(index)}): one place for each")
+    parts = _everyone((rows.detach().cpu(), index.cpu()))
+    every, places = (torch.cat(column) for column in zip(*parts, strict=True))
+    out = every.new_zeros(int(places.max()) + 1 if len(places) else 0, *every.shape[1:])
+    missing = torch.ones(len(out), dtype=torch.bool)
+    missing[places] = False
+    if missing.any():
+        raise ValueError(f"`index` lacks {int(missing.sum())} places, the first {int(missing.nonzero()[0])}: number all rows")
+    out[places] = every
+    return out
+
+
+def _everyone(own: T) -> list[T]:
+    """What each process has, in the order of their ranks."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, own)
+    return parts
 
 
 def _hash_module(module: nn.Module) -> str:
