@@ -329,6 +329,19 @@ def test_the_ode_of_an_encoder_needs_mean_and_rate_apart():
         _flow_variance(Optimal(2))
 
 
+@pytest.mark.parametrize("eta, steps, bar", [(0.0, 4000, 2e-3), (0.5, 4000, 2e-3)])
+def test_where_the_mean_is_known_every_eta_has_the_same_marginals(eta, steps, bar):
+    """DDIM of an encoded process is the ODE at first order: contraction, and mean and rate apart."""
+    contracted = Optimal(0)
+    contracted.process = Encoded(VP, "sigma2", trained=False)
+    for denoiser, name in ((Separate(2, "split"), "split, k = 2"), (contracted, "contraction")):
+        v = 1.0
+        for lam_t, lam_s in pairwise(_levels(steps)):
+            p = Ancestral(eta, spread=False)(denoiser, torch.ones(1, 1, dtype=torch.float64), lam_t, lam_s).p
+            v = float(p.mean) ** 2 * v + float(p.var)
+        within(bar, abs(v / VP.scales(TOP)[0] ** 2 - 0.25), f"variance, eta {eta}, {name}")
+
+
 @pytest.mark.parametrize("transition", [Ancestral(0.0), Heun(), AdamsBashforth(2), Exponential(2), Exponential(2, eta=1.0)])
 def test_what_needs_the_mean_refuses_an_encoded_model(transition):
     grid = torch.tensor([-5.0, 0.0, 5.0], dtype=torch.float64)

@@ -40,7 +40,9 @@ def data(n=5, shape=(3, 4, 4), dtype=torch.float64):
 
 
 OPTIONS = [{}, {"bounded": False}, {"scale": 0.5}, {"by_time": "rising"}, {"by_time": "falling"},
-           {"id_at_zero": True}, {"id_at_zero": True, "bounded": False}]  # fmt: skip
+           {"by_time": "early"}, {"max_var": 0.05}, {"max_var": "data"}, {"max_var": 0.05, "min_var": 0.04},
+           {"id_at_zero": True}, {"id_at_zero": True, "bounded": False},
+           {"id_at_zero": True, "by_time": "rising", "scale": 0.7, "max_var": 0.05}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -73,6 +75,28 @@ def test_the_encoder_starts_and_ends_where_it_should():
     y = LearnedEncoder(Smooth(), id_at_zero=True).y(x, lam)
     assert float(y.abs().max()) <= 1.0
     assert float(LearnedEncoder(Smooth(), scale=2.0).y(x, lam).abs().max()) <= 2.0
+
+
+def test_options_act_in_the_released_order():
+    """Time, tanh, scale, bounds on the variance, then the data."""
+    x, lam = data()
+    net, tau = Smooth(), spread_over((13.3 - lam) / 18.3, x)
+    for kind, factor in (("rising", tau), ("falling", 1 - tau), ("early", (tau / 2 - tau**2).clamp_min(0))):
+        found = LearnedEncoder(net, by_time=kind, scale=0.5).y(x, lam)
+        within(1e-15, (found - 0.5 * torch.tanh(factor * net(x, lam))).abs().max(), kind)
+    free = LearnedEncoder(net).y(x, lam)
+    var, own = (part.flatten(1).var(1, correction=0) for part in (free, x))
+    for bound, top in ((0.05, torch.full_like(var, 0.05)), ("data", own)):
+        bounded = LearnedEncoder(net, max_var=bound).y(x, lam)
+        within(1e-15, (bounded - free * spread_over((top / torch.maximum(var, top)).sqrt(), x)).abs().max(), f"max_var {bound}")
+    raised = LearnedEncoder(net, max_var=9.0, min_var=8.0).y(x, lam)
+    within(1e-12, (raised.flatten(1).var(1, correction=0) - 8.0).abs().max(), "min_var")
+    inside = LearnedEncoder(net, id_at_zero=True, scale=0.5).y(x, lam)
+    summed = x + 0.5 * free
+    within(1e-15, (inside - summed / spread_over(summed.abs().flatten(1).amax(1).clamp_min(1), x)).abs().max(), "id_at_zero")
+    flat = torch.zeros(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    LearnedEncoder(net, max_var="data").y(flat, lam[:2]).sum().backward()
+    assert bool(flat.grad.isfinite().all()), "a constant image has no variance to divide by"
 
 
 def test_one_call_has_one_dropout_mask():
@@ -188,6 +212,12 @@ def test_what_an_encoded_process_refuses():
         EncodedFlow()(Preconditioned(ScoreUNet(3, 8, 1), process), x.float(), -1.0, 1.0)
     with refuses("`by_time`"):
         LearnedEncoder(Smooth(), by_time="sideways")
+    for bad in (0.0, "x", math.nan):
+        with refuses("`max_var`"):
+            LearnedEncoder(Smooth(), max_var=bad)
+    for bounds in ({"max_var": 0.1, "min_var": 0.2}, {"min_var": 0.2}, {"max_var": "data", "min_var": 0.2}):
+        with refuses("`min_var`"):
+            LearnedEncoder(Smooth(), **bounds)
     with refuses("shape", "(5, 1, 4, 4)"):
         LearnedEncoder(Narrow())(x, torch.zeros(5, dtype=torch.float64))
 

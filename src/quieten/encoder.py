@@ -37,6 +37,13 @@ __all__ = [
 COUNTERTERMS = ("sigma2", "none", "split")
 """What stands for d x_t / d lam in the reverse process: sigma^2 x_hat (as released), nothing, or a prediction of its own."""
 
+BY_TIME: dict[str, Callable[[Tensor], Tensor]] = {
+    "rising": lambda tau: tau,
+    "falling": lambda tau: 1.0 - tau,
+    "early": lambda tau: (0.5 * tau - tau * tau).clamp_min(0.0),
+}
+"""Factors by which normalised time tau may temper an encoder's network; the released "early" takes its maximum over the batch."""
+
 
 class Encoder(nn.Module, ABC):
     """From clean data and a level to encoded data.
@@ -75,17 +82,20 @@ class LearnedEncoder(Encoder):
     Arguments:
         net: (x, lam (B,)) -> (B, *); an output that starts at zero makes the encoder start as `Contraction`.
         bounded: Whether y passes through tanh, as in every released run.
-        scale: Factor k on y.
-        by_time: Multiplies y by the normalised time tau = (lam_max - lam) / (lam_max - lam_min) if "rising", by 1 - tau if
-            "falling", by nothing if None.
-        id_at_zero: y = x + net instead of net (then divided by max(1, max |y|) per example if `bounded`): starts as no
-            encoder at all, so that it can join a pretrained denoiser; with the counterterm "none".
+        scale: Factor k on y, after tanh.
+        by_time: Multiplies the network's output, before tanh, by a function of the normalised time tau = (lam_max - lam) /
+            (lam_max - lam_min): tau if "rising", 1 - tau if "falling", max(tau / 2 - tau^2, 0) if "early", 1 if None.
+        max_var: Bounds the variance of y over each example: a number, or "data" for that of x.
+        min_var: Raises it to this where it is between 1e-3 and this, and below by the factor that 1e-3 needs; at most `max_var`.
+        id_at_zero: y = x + that, divided by max(1, max |y|) per example if `bounded`: starts as no encoder at all, so that it
+            can join a pretrained denoiser; with the counterterm "none".
         lam_max: Log-SNR of tau = 0.
         lam_min: Log-SNR of tau = 1.
         step: Distance in lam of the central differences.
 
     Raises:
-        ValueError: For an unknown `by_time`, or if the network returns another shape than that of x.
+        ValueError: For an unknown `by_time`, bounds on the variance that contradict each other, or if the network returns
+            another shape than that of x.
     """
 
     def __init__(
@@ -95,18 +105,25 @@ class LearnedEncoder(Encoder):
         bounded: bool = True,
         scale: float = 1.0,
         by_time: str | None = None,
+        max_var: float | str | None = None,
+        min_var: float | None = None,
         id_at_zero: bool = False,
         lam_max: float = 13.3,
         lam_min: float = -5.0,
         step: float = 1e-2,
     ):
         super().__init__()
-        if by_time not in (None, "rising", "falling"):
-            raise ValueError(f"`by_time` must be 'rising', 'falling' or None (got {by_time!r})")
+        if by_time is not None and by_time not in BY_TIME:
+            raise ValueError(f"`by_time` must be {', '.join(map(repr, BY_TIME))} or None (got {by_time!r})")
+        if max_var is not None and (max_var != "data" if isinstance(max_var, str) else not max_var > 0):
+            raise ValueError(f"`max_var` must be positive, 'data' for that of each example, or None (got {max_var!r})")
+        if min_var is not None and (not isinstance(max_var, int | float) or not 0 < min_var <= max_var):
+            raise ValueError(f"`min_var` must be positive and at most a number `max_var` (got {min_var!r}, {max_var!r})")
         if any(isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels for m in net.modules()):
             warnings.warn("the encoder's `net` normalises every channel by itself (GroupNorm with a group per channel), which "
                           "removes the level from it: use fewer groups", stacklevel=2)  # fmt: skip
         self.net, self.bounded, self.scale, self.by_time, self.id_at_zero = net, bounded, scale, by_time, id_at_zero
+        self.max_var, self.min_var = max_var, min_var
         self.lam_max, self.lam_min, self.step = lam_max, lam_min, step
         self._forward_mode = True
 
@@ -125,16 +142,30 @@ class LearnedEncoder(Encoder):
         y = self.net(x, lam)
         if y.shape != x.shape:
             raise ValueError(f"the encoder's `net` returned shape {tuple(y.shape)} for data {tuple(x.shape)}: they must agree")
+        if self.by_time is not None:
+            tau = (self.lam_max - lam) / (self.lam_max - self.lam_min)
+            y = y * spread_over(BY_TIME[self.by_time](tau), y)
+        if self.bounded:
+            y = y.tanh()
+        if self.scale != 1.0:
+            y = self.scale * y
+        if self.max_var is not None and y.numel():
+            y = self._of_bounded_variance(y, x)
         if self.id_at_zero:
             y = x + y
             if self.bounded and y.numel():
                 y = y / y.abs().flatten(1).amax(1).clamp_min(1.0).reshape(-1, *[1] * (y.ndim - 1))
-        elif self.bounded:
-            y = y.tanh()
-        if self.by_time is not None:
-            tau = (self.lam_max - lam) / (self.lam_max - self.lam_min)
-            y = y * spread_over(tau if self.by_time == "rising" else 1.0 - tau, y)
-        return y if self.scale == 1.0 else self.scale * y
+        return y
+
+    def _of_bounded_variance(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, each example scaled so that its variance (over its numbers) keeps the bounds."""
+        var = _variance(y)
+        top = _variance(x).clamp_min(1e-12) if self.max_var == "data" else torch.full_like(var, float(self.max_var or 0.0))
+        y = y * spread_over((top / torch.maximum(var, top)).sqrt(), y)
+        if self.min_var is None:
+            return y
+        low = _variance(y).clamp(min(1e-3, self.min_var), self.min_var)
+        return y * spread_over((self.min_var / low).sqrt(), y)
 
     def y_with_rate(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """y and d y / d lam, both (B, *)."""
@@ -150,7 +181,13 @@ class LearnedEncoder(Encoder):
         return finite_rate(lambda level: self.y(x, level), lam, self.step)
 
     def extra_repr(self) -> str:
-        return f"bounded={self.bounded}, scale={self.scale}, by_time={self.by_time}, id_at_zero={self.id_at_zero}"
+        bounds = f"max_var={self.max_var}, min_var={self.min_var}"
+        return f"bounded={self.bounded}, scale={self.scale}, by_time={self.by_time}, {bounds}, id_at_zero={self.id_at_zero}"
+
+
+def _variance(y: Tensor) -> Tensor:
+    """Of the numbers of each example: (B,)."""
+    return y.flatten(1).var(1, correction=0)
 
 
 def forward_rate(f: Callable[[Tensor], Tensor], lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,10 +261,11 @@ class Separated(Preconditioned):
 class Encoded(Process):
     r"""The reverse process of a model that was trained with an encoder: it needs only the denoiser.
 
-    The kernel is that of the base process, at eta = 1, plus :math:`\alpha_s h\, \hat d`, with :math:`h = \lambda_s -
-    \lambda_t` and :math:`\hat d` the counterterm's estimate of the rate of the encoded data. A denoiser with this process
-    returns x_hat, the estimate that the bound trains, as its mean: not E[x0 | x_t], whence what is refused here. A step to
-    +inf returns z_t / alpha_t, which is what the decoder of the bound reads.
+    The kernel is that of the base process plus :math:`\alpha_s h\, \hat d`, with :math:`h = \lambda_s - \lambda_t` and
+    :math:`\hat d` the counterterm's estimate of the rate of the encoded data. A denoiser with this process returns x_hat, the
+    estimate that the bound trains, as its mean: not E[x0 | x_t], whence what is refused here. A step to +inf returns
+    z_t / alpha_t, which is what the decoder of the bound reads. Where x_hat is E[x_t | z_t] every eta has the same marginals
+    in small steps, and eta = 0 is the ODE of `EncodedFlow` at first order; elsewhere eta must be 1.
 
     Arguments:
         base: The process of the scales.
@@ -263,7 +301,7 @@ class Encoded(Process):
     @property
     def _remedy(self) -> str:
         if self.knows_score:
-            return "sample it with Ancestral() or EncodedFlow()"
+            return "sample it with Ancestral(), of any eta, or EncodedFlow()"
         return "sample it with Ancestral(), or train it with the counterterm 'split' for EncodedFlow()"
 
     def prior(self, lam: Level) -> Gaussian:
@@ -292,18 +330,19 @@ class Encoded(Process):
         """The kernel p(z_s | z_t); see `Process.bridge` for the arguments.
 
         Raises:
-            ValueError: If eta is not 1, for a clipped or uncertain x0, or without the rate that "split" needs.
+            ValueError: If eta is not 1 and x_hat is not E[x_t | z_t], for a clipped or uncertain x0, or without the rate that
+                "split" needs.
         """
-        if eta != 1.0:
+        if eta != 1.0 and not self.knows_score:
             raise ValueError(f"`eta` must be 1 for a denoiser that was trained with an encoder (got {eta}): DDIM and ODE "
-                             f"solvers need E[x0 | x_t], which it does not know; {self._remedy}")  # fmt: skip
+                             f"solvers need E[x_t | z_t], which it does not know; {self._remedy}")  # fmt: skip
         if keep is not None or (isinstance(x0, Gaussian) and x0.var is not POINT):
             raise ValueError("clipping with `keep_eps`, and variances of x0, have no meaning for a denoiser that was trained "
                              "with an encoder: leave them out")  # fmt: skip
         if isinstance(lam_s, float) and lam_s == float("inf"):
             alpha_t, _ = self.scales(lam_t)
             return Gaussian(x_t / spread_over(alpha_t, x_t))
-        p = self.base.bridge(x0, x_t, lam_t, lam_s)
+        p = self.base.bridge(x0, x_t, lam_t, lam_s, eta)
         alpha_s, _ = self.scales(lam_s)
         h = lam_s - lam_t
         return Gaussian(p.mean + spread_over(alpha_s * h, x_t) * self.rate(x0, lam_t), p.var)

@@ -40,12 +40,16 @@ def compact(
     counterterm: Counterterm = "sigma2",
     bounded: bool = True,
     scale: float = 1.0,
-    by_time: Literal["rising", "falling"] | None = None,
+    by_time: Literal["rising", "falling", "early"] | None = None,
+    max_var: float | Literal["data"] | None = None,
+    min_var: float | None = None,
     id_at_zero: bool = False,
 ) -> Encoder:
     """A small `UNet` as the encoder's network, for small images and few processors; other options as in `LearnedEncoder`."""
     net = UNet(channels, size, width, mult=mult, attention=())
-    return LearnedEncoder(Timed(net), bounded=bounded, scale=scale, by_time=by_time, id_at_zero=id_at_zero)
+    return LearnedEncoder(
+        Timed(net), bounded=bounded, scale=scale, by_time=by_time, max_var=max_var, min_var=min_var, id_at_zero=id_at_zero
+    )
 
 
 def published(
@@ -61,10 +65,13 @@ def published(
     counterterm: Counterterm = "sigma2",
     bounded: bool = True,
     scale: float = 1.0,
-    by_time: Literal["rising", "falling"] | None = None,
+    by_time: Literal["rising", "falling", "early"] | None = None,
+    max_var: float | Literal["data"] | None = None,
+    min_var: float | None = None,
     id_at_zero: bool = False,
 ) -> Encoder:
     """The paper's network, see `EncoderUNet`; other options as in `LearnedEncoder`."""
-    options: dict[str, Any] = {"lam_max": lam_max, "lam_min": lam_min}
-    net = EncoderUNet(channels, size, blocks, width, levels, middle_groups, dropout, **options)
-    return LearnedEncoder(net, bounded=bounded, scale=scale, by_time=by_time, id_at_zero=id_at_zero, **options)
+    ends: dict[str, Any] = {"lam_max": lam_max, "lam_min": lam_min}
+    bounds: dict[str, Any] = {"max_var": max_var, "min_var": min_var}
+    net = EncoderUNet(channels, size, blocks, width, levels, middle_groups, dropout, **ends)
+    return LearnedEncoder(net, bounded=bounded, scale=scale, by_time=by_time, id_at_zero=id_at_zero, **bounds, **ends)
