@@ -42,7 +42,7 @@ BY_TIME: dict[str, Callable[[Tensor], Tensor]] = {
     "falling": lambda tau: 1.0 - tau,
     "early": lambda tau: (0.5 * tau - tau * tau).clamp_min(0.0),
 }
-"""Factors by which normalised time tau may temper an encoder's network; the released "early" takes its maximum over the batch."""
+"""Factors by which normalised time tau may temper an encoder's network; as released, "early" is one number for a batch."""
 
 
 class Encoder(nn.Module, ABC):
@@ -86,7 +86,7 @@ class LearnedEncoder(Encoder):
         by_time: Multiplies the network's output, before tanh, by a function of the normalised time tau = (lam_max - lam) /
             (lam_max - lam_min): tau if "rising", 1 - tau if "falling", max(tau / 2 - tau^2, 0) if "early", 1 if None.
         max_var: Bounds the variance of y over each example: a number, or "data" for that of x.
-        min_var: Raises it to this where it is between 1e-3 and this, and below by the factor that 1e-3 needs; at most `max_var`.
+        min_var: Raises it to this from 1e-3 up, and from below by the factor that 1e-3 needs; at most `max_var`.
         id_at_zero: y = x + that, divided by max(1, max |y|) per example if `bounded`: starts as no encoder at all, so that it
             can join a pretrained denoiser; with the counterterm "none".
         lam_max: Log-SNR of tau = 0.
