@@ -1,0 +1,539 @@
+r"""DxMI: a policy and an energy learn from each other and from data, without back-propagation through time.
+
+The energy learns to be low on data and high on the policy's samples, the value to predict the energy at the end of a
+trajectory and what the way there costs, and the policy to step where the value is low while keeping its noise:
+
+.. math:: \min_q \max_\pi KL(p \| q) - KL(\pi \| q), \qquad q \propto \exp(-E / \tau)
+
+References:
+    | Maximum Entropy Inverse Reinforcement Learning of Diffusion Models with Energy-Based Models (Yoon et al., 2024)
+    | https://arxiv.org/abs/2407.00626
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gaussian import Gaussian
+from .noise import INITIAL, Draws
+from .policy import FLOOR, Policy, Rollout
+from .running_cost import Auxiliary, time_costs
+from .tuning import Settings, optimizers
+
+__all__ = ["MaxEntIRL", "Settings"]
+
+Average = Callable[[list[Tensor]], None]
+"""Averages tensors in place over all processes."""
+
+
+class MaxEntIRL(nn.Module):
+    r"""Policy, value and energy, and one iteration of their training at a time.
+
+    Values and energies are modules called as value(x, k, **cond) -> (B,) or (B, 1), with x (B, *), k an int or int64 (B,)
+    (None for an energy) and the conditions of the rows. Low is good. Two attributes are looked at where they exist: `T`, the
+    number of steps a value was made for, and `terminal`, whether V(., T) means something.
+
+    Arguments:
+        policy: What is tuned, in place: those of its parameters that want gradients.
+        value: V(x, k), the cost to go.
+        energy: E(x). None takes E = V(., T), as for images. One without trainable parameters is a fixed cost (a negative
+            reward): the energy step is left out, and a value with `terminal` True is fitted to it at k = T and used in its
+            place, so that the cost itself need not be differentiable.
+        settings: Everything else.
+        s2: Initial variances of the auxiliary kernels, see `running_cost.Auxiliary`.
+        reference: A policy of the same grid; then the divergence from its steps, tau1 KL(pi_k || ref_k), stands in place of
+            entropy and running cost, in the value too.
+
+    Attributes:
+        optimizers: "policy" (its last group is the log standard deviations), "value", and "energy" if there is one to train.
+        auxiliary: Holds s_k^2.
+        sampler: The policy to use: the average over iterations, where `settings.ema` asks for it.
+        iterations: How many have been made; set it when going on from a checkpoint.
+
+    Raises:
+        ValueError: For parts that do not belong together, or settings that make no sense for this policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        value: nn.Module,
+        energy: nn.Module | None = None,
+        settings: Settings = Settings(),  # noqa: B008, frozen
+        *,
+        s2: Tensor | str = "forward",
+        reference: Policy | None = None,
+    ):
+        super().__init__()
+        self.policy, self.value, self.energy, self.settings = policy, value, energy, settings
+        self.reference, self.iterations = reference, 0
+        self.fixed = energy is not None and not any(p.requires_grad for p in energy.parameters())
+        self.fits_terminal = self.fixed and bool(getattr(value, "terminal", False))
+        _check_parts(policy, value, energy, settings, reference, self.fixed)
+        self.auxiliary = Auxiliary(policy, settings.cost, s2, settings.reduction)
+        self.time_costs = time_costs(policy.T, settings.time_cost, settings.time_cost_scale, settings.compat)
+        self.optimizers = optimizers(settings, policy, value, None if self.fixed else energy)
+        self.target = _copy(value) if settings.target_decay is not None else None
+        self.policy_average = _copy(policy) if settings.ema is not None else None
+        self.value_average = _copy(value) if settings.ema is not None else None
+        self._bad: dict[str, Tensor] = {}
+
+    @property
+    def sampler(self) -> Policy:
+        return self.policy if self.policy_average is None else self.policy_average
+
+    def energy_of(self, x: Tensor, **cond: Any) -> Tensor:
+        """E(x) of samples or data, (B,)."""
+        if self.energy is None:
+            return _column(self.value(x, self.policy.T, **cond), x, "value")
+        return _column(self.energy(x, None, **cond), x, "energy")
+
+    # -- an iteration
+
+    def iterate(
+        self, x0: Tensor, cond: Mapping[str, Tensor] | None = None, draws: Draws | None = None, average: Average | None = None
+    ) -> dict[str, Tensor]:
+        """One whole iteration: `n_critic` times rollout, velocities, energy and value, then the policy.
+
+        Arguments:
+            x0: Data (B, *); as many trajectories are drawn, under the same conditions.
+            cond: Conditions by name, each (B, ...).
+            draws: The iteration's randomness; None draws from torch's generator.
+            average: Averages tensors in place over processes: gradients, and the velocities. None for a single process.
+
+        Returns:
+            What happened, without a graph: see `critic` and `improve`.
+
+        Raises:
+            ValueError: For data or conditions that do not fit; and, on a CPU, as soon as an energy, a target, a value or a
+                gradient is not finite. On other devices such a step is skipped, and `check` raises when it is asked.
+        """
+        cond = _conditions(cond, len(x0))
+        if self.policy.shape is not None and tuple(x0.shape[1:]) != self.policy.shape:
+            raise ValueError(f"`x0` must have shape (B, {', '.join(map(str, self.policy.shape))}) (got {tuple(x0.shape)})")
+        draws = _global(len(x0)) if draws is None else draws
+        rollouts, told = [], {}
+        for turn in range(self.settings.n_critic):
+            rollout, facts = self.critic(x0, cond, draws, average, turn)
+            rollouts.append(rollout)
+            told.update(facts)
+        told.update(self.improve(rollouts, draws, average))
+        self.iterations += 1
+        self._follow()
+        return told
+
+    def critic(
+        self,
+        x0: Tensor,
+        cond: Mapping[str, Tensor],
+        draws: Draws,
+        average: Average | None = None,
+        turn: int = 0,
+    ) -> tuple[Rollout, dict[str, Tensor]]:
+        """A rollout, and what `learn` makes of it (steps 1 to 4)."""
+        roll = self.policy.rollout(self._first(x0, draws, turn), _keyed(draws, f"rollout {turn}"), cond)
+        return roll, self.learn(x0, roll, draws, average, turn)
+
+    def learn(
+        self, x0: Tensor, roll: Rollout, draws: Draws, average: Average | None = None, turn: int = 0
+    ) -> dict[str, Tensor]:
+        """A step of the velocities, of the energy, and of the value for every k (steps 2 to 4).
+
+        Returns:
+            () unless said otherwise: energy_loss, e_data and e_policy (mean energies), gap (their difference), le_cam
+            (-2 gamma L: 0 where samples match data, 1 where they are lost), energy_range (largest |E|), spread and spread_data
+            (standard deviation over the batch, mean over dimensions); for each step, (T,): s2, running_cost (per dimension),
+            rho, value (before its step), value_loss, explained (share of the target's variance).
+        """
+        moved = roll.moves.sum(1) / max(1, roll.moves.shape[1])
+        if average is not None:
+            average([moved])
+        if self.settings.avr is not None:
+            self.auxiliary.adapt(moved, self.settings.avr)
+        told = self._energy_step(x0, roll, average)
+        told.update(self._value_steps(roll, draws, average, turn))
+        told["s2"], told["rho"] = self.auxiliary.s2.clone(), self.policy.rhos.clone()
+        told["spread"], told["spread_data"] = _spread(roll.final), _spread(x0)
+        return told
+
+    def improve(self, rollouts: Sequence[Rollout], draws: Draws, average: Average | None = None) -> dict[str, Tensor]:
+        """`n_generator` steps of the policy on random states of the trajectories (step 5).
+
+        Returns:
+            policy_loss, policy_norm (of the gradient) and clipped (share of the steps whose gradient was clipped), each ().
+        """
+        size, T = len(rollouts[0].final), self.policy.T
+        count = T * len(rollouts) if self.settings.n_generator == "all" else int(self.settings.n_generator)
+        if count > T * len(rollouts):
+            raise ValueError(
+                f"`n_generator` must be at most T x n_critic = {T * len(rollouts)} (got {count}): 'all' is that many"
+            )
+        order = torch.cat([draws.uniform(f"pairs {i}") for i in range(T * len(rollouts))]).argsort()
+        losses, norms, clipped = [], [], []
+        with _frozen(self.value, *(() if self.energy is None else (self.energy,))):
+            for j in range(count):
+                rows = order[j * size : (j + 1) * size].sort().values  # sorted by step: the last ones can be cut off
+                loss = self._policy_loss(*_gathered(rollouts, rows, T), draws, j)
+                norm = self._descend("policy", loss, self.settings.policy_clip, average)
+                losses.append(loss.detach())
+                norms.append(norm)
+                clipped.append(norm > (self.settings.policy_clip or math.inf))
+        stacked = torch.stack(clipped).to(losses[0])
+        return {
+            "policy_loss": torch.stack(losses).mean(),
+            "policy_norm": torch.stack(norms).mean(),
+            "clipped": stacked.mean(),
+        }
+
+    def check(self) -> None:
+        """Raises ValueError if anything was not finite since it was last asked; waits for the device."""
+        bad, self._bad = self._bad, {}
+        for what, flag in bad.items():
+            if bool(flag):
+                raise ValueError(f"{what} is not finite: lower the learning rates, or gamma and tau; the step was skipped")
+
+    # -- its steps
+
+    def _first(self, x0: Tensor, draws: Draws, turn: int) -> Tensor:
+        """The initial states of the trajectories, as many as there are data."""
+        return self.policy.prior(_keyed(draws, f"rollout {turn}")(INITIAL, x0))
+
+    def _energy_step(self, x0: Tensor, roll: Rollout, average: Average | None) -> dict[str, Tensor]:
+        """min E_data[E] - E_policy[E] + gamma (E_data[E^2] + E_policy[E^2]), in one pass over both."""
+        if self.fixed:
+            with torch.no_grad():
+                e = self.energy_of(roll.final, **roll.cond)
+            self._look(e, "the energy of the samples")
+            return {"e_policy": _mean(e), "energy_range": _largest(e)}
+        s, n = self.settings, len(x0)
+        net = self.value if self.energy is None else self.energy
+        net.train()
+        e = self.energy_of(torch.cat([x0, roll.final.to(x0)]), **{key: torch.cat([c, c]) for key, c in roll.cond.items()})
+        data, drawn = e[:n], e[n:]
+        loss = _mean(data) - _mean(drawn)
+        gamma = s.gamma
+        if gamma:
+            loss = loss + gamma * (_mean(data.square()) + _mean(drawn.square()))
+        self._look(e, "the energy")
+        self._descend("value" if self.energy is None else "energy", loss, s.energy_clip, average)
+        with torch.no_grad():
+            told = {"energy_loss": loss.detach(), "e_data": _mean(data), "e_policy": _mean(drawn), "energy_range": _largest(e)}
+            told["gap"] = told["e_data"] - told["e_policy"]
+            told["le_cam"] = -2.0 * gamma * told["energy_loss"]
+        return {name: t.detach() for name, t in told.items()}
+
+    def _value_steps(self, roll: Rollout, draws: Draws, average: Average | None, turn: int) -> dict[str, Tensor]:
+        """Sweeps over the steps, last first: V(x_k, k) towards what the next value and this step's costs add up to."""
+        T, s = self.policy.T, self.settings
+        last = T if self.fits_terminal else T - 1
+        zero = roll.moves.new_zeros(T)
+        told = {name: zero.clone() for name in ("value", "value_loss", "explained")}
+        for sweep in range(s.repeat_value_update):
+            ks = list(range(last, -1, -1))
+            if s.value_update_order == "random":
+                ks = [ks[i] for i in _keys(draws, f"order {turn} {sweep}", len(ks)).argsort().tolist()]
+            for k in ks:
+                facts = self._value_step(roll, k, _keyed(draws, f"value {turn} {sweep}"), average)
+                if k < T:
+                    for name, fact in facts.items():
+                        told[name][k] = fact
+        dims = max(1, roll.final[:1].numel()) if s.reduction == "sum" else 1
+        told["running_cost"] = torch.stack([_mean(self.auxiliary.of(roll, k)) / dims for k in range(T)])
+        return told
+
+    def _value_step(self, roll: Rollout, k: int, noise: Any, average: Average | None) -> dict[str, Tensor]:
+        x = roll.states[k]
+        target = self._target_of(roll, k, noise)
+        self._look(target, f"the target of the value at step {k}")
+        self.value.train()
+        v = _column(self.value(x, k, **roll.cond), x, "value")
+        loss = _mean((v - target).square())
+        self._descend("value", loss, self.settings.value_clip, average, f" at step {k}")
+        with torch.no_grad():
+            left = (target - v).var(unbiased=False) if len(v) else loss
+            whole = target.var(unbiased=False) if len(v) else loss
+            return {
+                "value": _mean(v.detach()),
+                "value_loss": loss.detach(),
+                "explained": 1.0 - left / whole.clamp_min(torch.finfo(whole.dtype).tiny),
+            }
+
+    @torch.no_grad()
+    def _target_of(self, roll: Rollout, k: int, noise: Any) -> Tensor:
+        """sg[V(x_{k+1}, k + 1)] + R(k) + costs of step k: (B,), of parameters that this very sweep has updated."""
+        s, T = self.settings, self.policy.T
+        if k == T:
+            return self.energy_of(roll.final, **roll.cond)
+        x, x_next, p = roll.states[k], roll.states[k + 1], None
+        if s.value_resample or (self._costs_at(k) and self._needs_kernel):
+            p = self._kernel(x, k, roll.cond)
+        if s.value_resample:
+            assert p is not None
+            x_next = p.sample(noise(k, x))
+        g = self._next_value(x_next, k + 1, roll.cond, frozen=True) + self.time_costs[k]
+        if not self._costs_at(k):
+            return g
+        if self.reference is not None:
+            assert p is not None
+            return g + s.tau1_at(self.iterations) * self._divergence(x, k, p, roll.cond)
+        if s.velocity_in_value is not None and k < T - s.velocity_in_value:
+            if s.analytic_cost:
+                assert p is not None
+                cost = self.auxiliary.expected(k, x, p)
+            else:
+                cost = self.auxiliary.cost(k, x, x_next) if s.value_resample else self.auxiliary.of(roll, k)
+            g = g + s.tau2_at(self.iterations) * cost
+        if s.entropy_in_value is not None and k < T - s.entropy_in_value:
+            g = g - s.tau1_at(self.iterations) * self._entropy(k, x, x_next, p)
+        return g
+
+    def _policy_loss(self, x: Tensor, k: Tensor, cond: Mapping[str, Any], draws: Draws, turn: int) -> Tensor:
+        """mean V(x', k + 1) + costs of the step, x' = m_k(x) + rho_k eps drawn with a graph. k (B,) is on the CPU, rising."""
+        s, steps = self.settings, k.to(x.device)
+        self.policy.train()
+        p = self.policy.step(x, steps, **cond)
+        x_next = p.sample(draws.normal(x, f"policy {turn}"))
+        v = self._next_value(x_next, steps + 1, cond, last=int((k == self.policy.T - 1).sum()))
+        taus = s.tau1_at(self.iterations), s.tau2_at(self.iterations)
+        if taus == (0.0, 0.0):
+            return _mean(v)
+        if self.reference is not None:
+            costs = taus[0] * self._divergence(x, steps, p, cond)
+        else:
+            moved = self.auxiliary.expected(steps, x, p) if s.analytic_cost else self.auxiliary.cost(steps, x, x_next)
+            costs = taus[1] * moved - taus[0] * self._entropy(steps, x, x_next, p)
+        if s.skip_sampler_tau:
+            costs = costs * (steps < self.policy.T - s.skip_sampler_tau)
+        return _mean(v + costs)
+
+    # -- what they are made of
+
+    @property
+    def _needs_kernel(self) -> bool:
+        """Whether the costs of a drawn step need its kernel, and so the network once more."""
+        s = self.settings
+        entropy = s.entropy_in_value is not None and (s.entropy == "sampled" or self.policy.transition.from_kernel)
+        return self.reference is not None or entropy or (s.analytic_cost and s.velocity_in_value is not None)
+
+    def _costs_at(self, k: int) -> bool:
+        """Whether the value of step k counts any cost but the time's."""
+        s, T = self.settings, self.policy.T
+        if self.reference is not None:
+            return True
+        return any(n is not None and k < T - n for n in (s.velocity_in_value, s.entropy_in_value))
+
+    def _kernel(self, x: Tensor, k: int | Tensor, cond: Mapping[str, Any], policy: Policy | None = None) -> Gaussian:
+        """A step in evaluation mode."""
+        policy = self.policy if policy is None else policy
+        with _evaluating(policy):
+            return policy.step(x, k, **cond)
+
+    def _next_value(self, x: Tensor, k: int | Tensor, cond: Mapping[str, Any], frozen: bool = False, last: int = 0) -> Tensor:
+        """V(x, k), and E(x) at k = T where that is another network; with tensors, `last` rows at the end are those."""
+        net = self.target if frozen and self.target is not None else self.value
+        net.eval()
+        if self.energy is None or self.fits_terminal:
+            return _column(net(x, k, **cond), x, "value")
+        self.energy.eval()
+        if isinstance(k, int):
+            if k == self.policy.T:
+                return self.energy_of(x, **cond)
+            return _column(net(x, k, **cond), x, "value")
+        n = len(x) - last
+        head, tail = ({name: c[rows] for name, c in cond.items()} for rows in (slice(0, n), slice(n, None)))
+        before = _column(net(x[:n], k[:n], **head), x[:n], "value") if n else x.new_zeros(0)
+        after = self.energy_of(x[n:], **tail) if last else x.new_zeros(0)
+        return torch.cat([before, after.to(before)])
+
+    def _entropy(self, k: int | Tensor, x: Tensor, x_next: Tensor, p: Gaussian | None) -> Tensor:
+        """What tau1 multiplies: log rho_k, that and its constant, or -log pi_k of the drawn state; () or (B,)."""
+        s, dims = self.settings, max(1, x[:1].numel())
+        unit = float(dims) if s.reduction == "sum" else 1.0
+        if s.entropy == "sampled":
+            assert p is not None
+            return -p.log_prob(x_next) * (unit / dims)
+        logs = self.policy.log_rho(k, Gaussian(x) if p is None else p).to(x)
+        return unit * (logs + 0.5 * math.log(2.0 * math.pi * math.e) if s.entropy == "exact" else logs)
+
+    def _divergence(self, x: Tensor, k: int | Tensor, p: Gaussian, cond: Mapping[str, Any]) -> Tensor:
+        """KL(pi_k || ref_k): (B,)."""
+        assert self.reference is not None
+        with torch.no_grad():
+            ref = self._kernel(x, k, cond, self.reference)
+        dims = max(1, x[:1].numel()) if self.settings.reduction == "mean" else 1
+        return p.kl(ref) / dims
+
+    def _descend(self, name: str, loss: Tensor, clip: float | None, average: Average | None, where: str = "") -> Tensor:
+        """A step of one optimiser; returns the norm of the gradient before it was clipped."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if average is not None:
+            for p in parameters:  # a process without examples has no gradient, the others wait for it
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            average([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        self._look(norm, f"the gradient of the {name}{where}")
+        if norm.device.type != "cpu":
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # fused: skips it without the host
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    def _look(self, value: Tensor, what: str) -> None:
+        """Raises at once where looking is free, else takes a note for `check`."""
+        good = value.detach().isfinite().all()
+        if good.device.type != "cpu":
+            self._bad[what] = self._bad[what] | ~good if what in self._bad else ~good
+        elif not bool(good):
+            raise ValueError(f"{what} is not finite (iteration {self.iterations}): lower the learning rates, or gamma and tau")
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Averages and the target network, after an iteration."""
+        s = self.settings
+        if self.target is not None and s.target_decay is not None:
+            _towards(self.target, self.value, 1.0 - s.target_decay)
+        if self.policy_average is not None and self.value_average is not None and s.ema is not None:
+            _towards(self.policy_average, self.policy, 1.0 - s.ema)
+            _towards(self.value_average, self.value, 1.0 - s.ema)
+
+
+# ---- small things
+
+
+def _check_parts(
+    policy: Policy, value: nn.Module, energy: nn.Module | None, s: Settings, reference: Policy | None, fixed: bool
+) -> None:
+    made_for = getattr(value, "T", None)
+    if made_for is not None and made_for != policy.T:
+        raise ValueError(f"`value` was made for {made_for} steps, the policy has {policy.T}: both are of one T")
+    if energy is not None and not fixed and getattr(value, "terminal", False):
+        raise ValueError(
+            "`energy` is given and `value` claims k = T too: leave the energy out, or make the value with terminal=False"
+        )
+    if energy is None and not getattr(value, "terminal", True):
+        raise ValueError("`energy` is missing: this value says nothing at k = T")
+    if energy is None and not any(p.requires_grad for p in value.parameters()):
+        raise ValueError("`value` has nothing to train: its parameters want no gradients")
+    if reference is not None and not torch.equal(reference.grid, policy.grid):
+        raise ValueError("`reference` must have the grid of the policy: build it from the same levels")
+    entropy = s.tau1 > 0 and reference is None and not policy.transition.from_kernel
+    rhos = policy.rhos[: policy.transition._free]
+    if entropy and len(rhos) and float(rhos.min()) < FLOOR:
+        raise ValueError(f"`std` of a trained step is {float(rhos.min()):.2g}, below the floor {FLOOR:g} where entropy has no "
+                         "gradient: start with more noise, keep that step (trained='fix_last'), or set tau1 = 0")  # fmt: skip
+
+
+def _conditions(cond: Mapping[str, Tensor] | None, n: int) -> dict[str, Tensor]:
+    for name, value in (cond or {}).items():
+        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != n:
+            rows = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"condition `{name}` must have a first axis of {n}, one row for each example (got {rows})")
+    return dict(cond or {})
+
+
+def _gathered(rollouts: Sequence[Rollout], rows: Tensor, T: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """States (B, *), their steps (B,) on the CPU, and their conditions, of pairs (rollout, step, row) counted in that order."""
+    size = max(1, len(rollouts[0].final))
+    per = T * size
+    steps = rows % per // size
+    rising = steps.argsort(stable=True)  # with several rollouts, sorting the pairs has not sorted the steps
+    rows, steps = rows[rising], steps[rising]
+    device = rollouts[0].states.device
+    if len(rollouts) == 1:
+        there = rows.to(device)
+        x = rollouts[0].states.flatten(0, 1)[there]
+        return x, steps, {name: c[there % size] for name, c in rollouts[0].cond.items()}
+    x = rollouts[0].states.new_empty(len(rows), *rollouts[0].states.shape[2:])
+    cond = {name: c.new_empty(len(rows), *c.shape[1:]) for name, c in rollouts[0].cond.items()}
+    for i, roll in enumerate(rollouts):
+        mine = (rows // per == i).nonzero().flatten()
+        here, there = mine.to(device), (rows[mine] % per).to(device)
+        x[here] = roll.states.flatten(0, 1)[there]
+        for name, c in roll.cond.items():
+            cond[name][here.to(c.device)] = c[(there % size).to(c.device)]
+    return x, steps, cond
+
+
+def _column(out: Any, x: Tensor, name: str) -> Tensor:
+    """What a value or energy returned, as (B,)."""
+    if isinstance(out, Tensor) and out.shape == (len(x), 1):
+        out = out.squeeze(1)
+    if not isinstance(out, Tensor) or out.shape != (len(x),):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"`{name}` must return one number for each of the {len(x)} states, ({len(x)},) or ({len(x)}, 1) (got {got})"
+        )
+    return out
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean, and 0 of nothing."""
+    return x.sum() / max(1, x.numel())
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.detach().abs().max() if x.numel() else x.new_zeros(())
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Standard deviation over the batch, mean over dimensions."""
+    return x.std(0, unbiased=False).mean() if x.numel() else x.new_zeros(())
+
+
+def _keyed(draws: Draws, tag: str) -> Callable[[int, Tensor], Tensor]:
+    return lambda step, like: draws.normal(like, f"{tag} {step}")
+
+
+def _keys(draws: Draws, tag: str, n: int) -> Tensor:
+    """n uniforms that all processes share."""
+    from .noise import Noise
+
+    return Noise(draws.noise.seed, range(n)).uniform(draws.step, tag)
+
+
+def _global(n: int) -> Draws:
+    """Randomness from torch's generator."""
+    return Draws(int(torch.randint(2**62, ())), 0, range(n))
+
+
+@contextlib.contextmanager
+def _frozen(*modules: nn.Module) -> Iterator[None]:
+    """Without gradients of these modules' own parameters: a pass through them then costs a third less."""
+    wanted = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
+
+
+def _copy(module: Any) -> Any:
+    return deepcopy(module).eval().requires_grad_(False)
+
+
+def _towards(average: nn.Module, latest: nn.Module, weight: float) -> None:
+    ours = [t for t in average.state_dict().values() if t.is_floating_point()]
+    theirs = [t for t in latest.state_dict().values() if t.is_floating_point()]
+    torch._foreach_lerp_(ours, theirs, weight)
