@@ -41,6 +41,8 @@ class Source:
         encoder: What the bound of the network was trained with, None without.
         fitting: What the recipe says of fitting one, as options of `quieten variance fit`; {} where it is silent.
         variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
+        policies: Folders of policies that were tuned from it, likewise.
+        tuning: What the recipe says of tuning one, as options of `quieten tune`; {} where it is silent.
     """
 
     denoiser: Denoiser
@@ -61,6 +63,8 @@ class Source:
     encoder: Encoder | None = None
     fitting: Mapping[str, Any] = field(default_factory=dict)
     variances: tuple[Path, ...] = ()
+    policies: tuple[Path, ...] = ()
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> Table | None:
@@ -115,7 +119,7 @@ def _from_run(source: str, weights: str, device: str) -> Source:
     beside = load_companions(source, weights, device)
     section, classes, shape = recipe.sample, recipe.data.classes, recipe.data.shape or ()
 
-    plan = recipe.section("variance")
+    plan, tuning = recipe.section("variance"), recipe.section("tune")
     curve = beside.schedule.cpu()  # grids are made there
 
     def grid(steps: int, spacing: str | None) -> Tensor:
@@ -140,20 +144,22 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         schedule=curve,
         encoder=beside.encoder,
         fitting={} if plan is None else {"kind": plan.kind, **plan.options},
-        variances=_variances(source, path),
+        variances=_beside(source, path, "variance"),
+        policies=_beside(source, path, "policy"),
+        tuning={} if tuning is None else {"kind": tuning.kind, **tuning.options},
     )
 
 
-def _variances(source: str, path: Path) -> tuple[Path, ...]:
-    """Where the variances of a model lie: in its folder, beside its file, or for what is read only in ./variance."""
+def _beside(source: str, path: Path, what: str) -> tuple[Path, ...]:
+    """Where variances or policies of a model lie: in its folder, beside its file, or for what is read only in ./variance."""
     from .runs import ZOO
 
     if path.is_dir():
-        return (path / "variance",)
+        return (path / what,)
     if source.startswith("zoo:"):
         name = source.removeprefix("zoo:")
-        return (Path("variance") / name, ZOO / "variance" / name)
-    return (path.with_suffix(".variance"),) if path.is_file() else (Path("variance") / source.replace("/", "--"),)
+        return (Path(what) / name, ZOO / what / name)
+    return (path.with_suffix(f".{what}"),) if path.is_file() else (Path(what) / source.replace("/", "--"),)
 
 
 def _from_diffusers(source: str, device: str) -> Source:
@@ -173,5 +179,6 @@ def _from_diffusers(source: str, device: str) -> Source:
         encode=loaded.codec.encode if loaded.codec else None,
         image=loaded.codec.image_of(loaded.denoiser.shape) if loaded.codec else None,
         schedule=loaded.schedule,
-        variances=_variances(source, Path(source).expanduser()),
+        variances=_beside(source, Path(source).expanduser(), "variance"),
+        policies=_beside(source, Path(source).expanduser(), "policy"),
     )

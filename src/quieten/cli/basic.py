@@ -77,6 +77,9 @@ def sample(
     variance: Annotated[
         str | None, typer.Option(help="Of x0, for ancestral, ocm and ocm-ddim: one that was fitted, or big, fisher, probed.")
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="One that `quieten tune` made: it has its own steps, levels and noise.")
+    ] = None,
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Clip x0 to [-1, 1]. Default: for pixel models.")
     ] = None,
@@ -110,7 +113,7 @@ def sample(
     run(
         source, steps=steps, transition=transition, n=n, seed=seed, label=label, prompt=prompt, scale=scale, guide=guide,
         classifier=classifier, measurement=measurement, mask=mask, std=std, eta=eta, options=options or [], variance=variance,
-        clip=clip, spacing=grid, out=out, npz=npz, batch=batch, weights=weights, device=device,
+        policy=policy, clip=clip, spacing=grid, out=out, npz=npz, batch=batch, weights=weights, device=device,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..data import to_pixels
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
 from ..guidance import ClassifierFree, Guidance, Guided
+from ..policies import load_policy
+from ..policy import Policy
 from ..progress import Progress
 from ..samplers import SAMPLERS, sampler
 from ..sampling import generate
@@ -43,6 +46,7 @@ def sample(
     eta: float | None = None,
     options: Sequence[str] = (),
     variance: str | None = None,
+    policy: str | None = None,
     spacing: str | None = None,
     label: str | None = None,
     prompt: str | None = None,
@@ -64,12 +68,27 @@ def sample(
         ValueError: For an option that the model cannot serve, or a place that cannot be written.
     """
     opened = open_source(source, weights, device)
+    tuned = None
+    if policy is not None:
+        named = {
+            "transition": transition,
+            "eta": eta,
+            "option": options or None,
+            "variance": variance,
+            "grid": spacing,
+            "clip": clip,
+        }
+        opened, tuned = _tuned(opened, policy, steps, named)
+        steps = tuned.T
     steps = opened.steps if steps is None else steps
     asked: dict[str, Any] = {"classifier": classifier, "measurement": measurement, "mask": mask, "std": std}
     followed = _followed(opened, guide, n, scale, asked)
     transition = "ancestral" if transition is None and variance is not None else transition
     told = _told(options) | ({} if eta is None else {"eta": eta})
-    name, grid, build = _choose(opened, transition, steps, told, spacing, followed)
+    if tuned is None:
+        name, grid, build = _choose(opened, transition, steps, told, spacing, followed)
+    else:
+        name, grid, build = Path(str(policy)).stem, tuned.grid, lambda guidance: tuned.transition
     cond, columns = _conditions(opened, n, label, prompt, followed)
     scale = 1.0 if followed is not None else opened.scale if scale is None else scale
     what = _suffix(label, scale) + ("" if followed is None else f"-{followed.words}")
@@ -78,7 +97,7 @@ def sample(
     model = _spread(opened, counted, name, variance)
     plan = _plan(opened, model, clip, scale, cond, followed, name, build)
     started = time.perf_counter()
-    x = torch.cat(list(_chunks(plan, n, batch, grid, cond, seed)))
+    x = torch.cat(list(_chunks(plan, n, batch, grid, cond, seed, "mean" if tuned is None else "draw")))
     images = _decoded(opened, x, batch)
     seconds = time.perf_counter() - started
     seen = None if followed is None or followed.seen is None else to_pixels(followed.seen)
@@ -125,6 +144,20 @@ def _told(options: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise ValueError(f"`--option {option}`: the value is not YAML; quote it") from None
     return told
+
+
+def _tuned(source: Source, name: str, steps: int | None, asked: Mapping[str, Any]) -> tuple[Source, Policy]:
+    """The source with a tuned denoiser in place of its own, and the policy; refuses what the policy has settled."""
+    for option, value in asked.items():
+        if value is not None:
+            given = " ".join(value) if isinstance(value, list | tuple) else value
+            raise ValueError(f"`--{option} {given}` was settled when --policy {name} was tuned: leave it out")
+    policy = load_policy(source.policies, name, source.denoiser)
+    if steps not in (None, policy.T):
+        raise ValueError(
+            f"`--steps {steps}`: the policy {name} has {policy.T} steps, for which alone it was tuned: leave it out"
+        )
+    return replace(source, denoiser=policy.denoiser, clip=None, weights=f"tuned {source.weights}"), policy
 
 
 def _choose(
@@ -223,7 +256,7 @@ def _plan(
     return plan
 
 
-def _chunks(plan: Plan, n: int, batch: int, grid: Tensor, cond: Mapping[str, Any], seed: int) -> Iterator[Tensor]:
+def _chunks(plan: Plan, n: int, batch: int, grid: Tensor, cond: Mapping[str, Any], seed: int, last: str) -> Iterator[Tensor]:
     """The samples, a chunk at a time."""
     with Progress(n, 0, "sampling") as progress:
         for first in range(0, n, batch):
@@ -231,7 +264,7 @@ def _chunks(plan: Plan, n: int, batch: int, grid: Tensor, cond: Mapping[str, Any
             model, transition = plan(rows)
             part = {key: value[rows] for key, value in cond.items()}
             yield generate(model, rows.stop - first, grid=grid, transition=transition, cond=part, batch=batch, seed=seed,
-                           first=first)  # fmt: skip
+                           first=first, last=last)  # fmt: skip
             progress.update(rows.stop)
 
 
