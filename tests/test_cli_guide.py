@@ -139,11 +139,12 @@ def test_ctrl_c_saves(tmp_path: Path) -> None:
 
 def test_resuming_is_exact(tmp_path: Path, monkeypatch: Any) -> None:
     from quieten.commands import classifier as command
+    from quieten.commands import teach
 
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     options: dict[str, Any] = {"images": 640, "batch": 32, "width": 8}
     assert command.train_classifier("digits", out=whole, **options)
-    real = command.lessons
+    real = teach.lessons
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         for lesson in real(*arguments, **keywords):
@@ -151,10 +152,10 @@ def test_resuming_is_exact(tmp_path: Path, monkeypatch: Any) -> None:
             if lesson[0] == 7:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(command, "lessons", interrupted)
+    monkeypatch.setattr(teach, "lessons", interrupted)
     assert not command.train_classifier("digits", out=parts, **options)
     assert int(read_tensors(parts)[1]["step"]) == 8
-    monkeypatch.setattr(command, "lessons", real)
+    monkeypatch.setattr(teach, "lessons", real)
     assert command.train_classifier("digits", out=parts, **options)
     a, b = read_tensors(whole)[0], read_tensors(parts)[0]
     assert all(torch.equal(a[name], b[name]) for name in a)

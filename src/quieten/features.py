@@ -1,161 +1,24 @@
-"""Images to features, and the moments of features: what every distance between sets of images starts from."""
+"""Images to features: what every distance between sets of images starts from."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .files import write_atomic
+from .statistics import Statistics, gather_rows
 
-__all__ = ["Extractor", "Statistics", "gather_rows"]
+if TYPE_CHECKING:
+    from .data import Dataset
 
-T = TypeVar("T")
-
-_BLOCK = 4096  # rows of features turned to float64 at a time
-
-
-@dataclass
-class Statistics:
-    """Mean and covariance of features, float64 on the CPU, gathered in one pass over any blocks.
-
-    `Statistics()` starts empty and takes its width from the first block.
-
-    Arguments:
-        mean: Mean of the features (F,).
-        covariance: Their unbiased covariance (F, F), divided by n - 1.
-        n: Number of samples; None where a file does not say.
-        extractor: Hash of the extractor that made the features, empty if unknown.
-    """
-
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    covariance: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
-    n: int | None = 0
-    extractor: str = ""
-
-    def __post_init__(self) -> None:
-        width = self.mean.shape[0] if self.mean.dim() == 1 else None
-        if width is None or tuple(self.covariance.shape) != (width, width):
-            shapes = f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
-            raise ValueError(f"mean and covariance must be (F,) and (F, F), got {shapes}: pass a matching pair")
-        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all()):
-            raise ValueError("mean or covariance holds NaN or infinity: compute the statistics again")
-        self.mean = self.mean.to("cpu", torch.float64)
-        self.covariance = self.covariance.to("cpu", torch.float64)
-
-    @classmethod
-    def of(cls, features: Tensor, extractor: str = "") -> Statistics:
-        """Statistics of all rows of features (n, F)."""
-        return cls(extractor=extractor).update(features)
-
-    def update(self, features: Tensor) -> Statistics:
-        """Adds features (B, F) in place and returns self.
-
-        Blocks are merged by their means and scatters (Chan, Golub, LeVeque, 1979), which keeps its digits
-        where the mean is large beside the spread; sums of squares do not.
-
-        Raises:
-            ValueError: If features are not (B, F), of another width, or not finite.
-        """
-        if self.n is None:
-            raise ValueError("statistics of an unknown number of samples cannot be updated: give n to load()")
-        if features.dim() != 2 or (self.n > 0 and features.shape[1] != self.mean.shape[0]):
-            wanted = f"(B, {self.mean.shape[0]})" if self.n else "(B, F)"
-            raise ValueError(f"features must be {wanted}, got {tuple(features.shape)}: use one extractor throughout")
-        for block in features.detach().split(_BLOCK):
-            self._merge(block.to("cpu", torch.float64))
-        return self
-
-    def _merge(self, block: Tensor) -> None:
-        if not torch.isfinite(block).all():
-            bad = int((~torch.isfinite(block).all(1)).sum())
-            raise ValueError(f"features of {bad} of {len(block)} samples are NaN or infinite: look at those images")
-        if len(block) == 0:
-            return
-        mean = block.mean(0)
-        centred = block - mean
-        self._add(len(block), mean, centred.T @ centred)
-
-    def _add(self, b: int, mean: Tensor, scatter: Tensor) -> None:
-        """Adds b > 0 samples of a mean (F,) and a scatter about it (F, F)."""
-        n = self.n or 0
-        if not n:
-            self.mean, self.covariance = torch.zeros_like(mean), torch.zeros_like(scatter)
-        shift = mean - self.mean
-        scatter = self.covariance * max(n - 1, 0) + scatter
-        scatter = torch.addr(scatter, shift, shift, alpha=n * b / (n + b))
-        self.mean = self.mean + shift * (b / (n + b))
-        self.covariance = scatter / max(n + b - 1, 1)
-        self.n = n + b
-
-    def merge(self, other: Statistics) -> Statistics:
-        """Adds the samples that another has seen, in place, and returns self: as if all had come in one pass.
-
-        Raises:
-            ValueError: If either does not know its number of samples, or they are of other widths or extractors.
-        """
-        if self.n is None or other.n is None:
-            raise ValueError("statistics of an unknown number of samples cannot be merged: give n to load()")
-        if self.extractor and other.extractor and self.extractor != other.extractor:
-            names = f"{self.extractor[:8]} and {other.extractor[:8]}"
-            raise ValueError(f"statistics come from extractors {names}: compute both with the same one")
-        if self.n and other.n and len(self.mean) != len(other.mean):
-            raise ValueError(f"statistics have {len(self.mean)} and {len(other.mean)} features: use one extractor throughout")
-        self.extractor = self.extractor or other.extractor
-        if other.n:
-            self._add(other.n, other.mean, other.covariance * max(other.n - 1, 0))
-        return self
-
-    def gather(self) -> Statistics:
-        """The statistics of all processes together, the same on each; self where there is one process only."""
-        parts = _everyone((self.mean, self.covariance, self.n, self.extractor))
-        if len(parts) == 1:
-            return self
-        total = Statistics(extractor=self.extractor)
-        for part in parts:
-            total.merge(Statistics(*part))
-        return total
-
-    def save(self, path: str | Path) -> None:
-        """Writes an npz with `mu` and `sigma`, as pytorch-fid and EDM read them, plus `n` and `extractor`."""
-        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
-        arrays["extractor"] = np.array(self.extractor)
-        if self.n is not None:
-            arrays["n"] = np.int64(self.n)
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
-        write_atomic(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: str | Path, n: int | None = None) -> Statistics:
-        """Reads an npz with `mu` and `sigma`; pickles in it are refused.
-
-        Arguments:
-            path: File written by `save`, by pytorch-fid or by EDM.
-            n: Number of samples, where the file does not say.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # numpy raises half a dozen kinds for a damaged file
-            raise ValueError(f"path {path} cannot be read as npz ({error}): write the statistics again") from error
-        if not {"mu", "sigma"} <= arrays.keys():
-            keys = ", ".join(arrays) or "nothing"
-            raise ValueError(f"path {path} must hold mu and sigma, it holds {keys}: write it with Statistics.save")
-        mean, covariance = (torch.from_numpy(np.asarray(arrays[k], np.float64)) for k in ("mu", "sigma"))
-        count = int(arrays["n"]) if "n" in arrays else n
-        return cls(mean, covariance, count, str(arrays.get("extractor", "")))
+__all__ = ["Extractor", "Statistics", "gather_rows", "statistics_of"]
 
 
 @dataclass(frozen=True)
@@ -257,56 +120,89 @@ class Extractor:
         Raises:
             ValueError: If there is none of that name.
         """
-        from safetensors import safe_open
-
-        from .nets import Classifier
-
         folder = Path(__file__).parent / "zoo" / "classifiers"
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
             raise ValueError(f"no classifier {name!r} comes with the library (known: {known}): use Extractor.from_classifier")
-        with safe_open(path, "pt") as file:
-            options = json.loads(file.metadata()["options"])
-        return cls.from_classifier(path, lambda: Classifier(**options), name=f"zoo classifier of {name}")
+        return replace(cls.load(path), name=f"zoo classifier of {name}")
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, sha256: str | None = None, device: torch.device | str = "cpu") -> Extractor:
+        """An extractor by name.
+
+        Arguments:
+            name_or_path: "pixels"; "zoo:NAME" of those that come with the library; a file that `quieten features train` wrote;
+                "inception:PATH", see `inception.inception`.
+            sha256: What the file must hash to, or the beginning of it, at least 8 digits; None takes any.
+            device: Where to compute.
+
+        Raises:
+            ValueError: If there is none, it is damaged, or another file than expected.
+        """
+        from .nets import Classifier
+        from .runs import read_tensors
+
+        kind, _, rest = str(name_or_path).partition(":")
+        if str(name_or_path) == "pixels":
+            return cls.pixels()
+        if kind == "zoo":
+            return cls.zoo(rest)
+        if kind == "inception":
+            from .inception import inception
+
+            return inception(rest, sha256, device)
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"no extractor {str(name_or_path)!r}: pixels, zoo:NAME, inception:PATH, or a file that `quieten "
+                             "features train` wrote")  # fmt: skip
+        checked(path, sha256)
+        metadata = read_tensors(path, "write it with `quieten features train`")[1]
+        if "options" not in metadata or "step" in metadata:
+            what = "is not trained to the end" if "step" in metadata else "is no classifier"
+            raise ValueError(f"{path} {what}: write one with `quieten features train`")
+        options = json.loads(metadata["options"])
+        return cls.from_classifier(path, lambda: Classifier(**options).to(device))
 
 
-def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows of all processes in the order of their numbers, the same on each: those of one process as they are, sorted.
-
-    Arguments:
-        rows: What this process worked out (n, *), features or images; n may differ between processes.
-        index: Their places among all, int64 (n,): 0 .. N - 1, each on one process. Places that come twice, as when a sampler
-            fills its last batch up, are kept once.
-
-    Returns:
-        On the CPU, (N, *).
+def checked(path: Path, sha256: str | None) -> bytes:
+    """The bytes of a file.
 
     Raises:
-        ValueError: If places are missing.
+        ValueError: If it cannot be read, or does not hash to what was expected.
     """
-    if len(rows) != len(index):
-        raise ValueError(f"`index` must number the {len(rows)} rows (got {len(index)}): one place for each")
-    parts = _everyone((rows.detach().cpu(), index.cpu()))
-    every, places = (torch.cat(column) for column in zip(*parts, strict=True))
-    out = every.new_zeros(int(places.max()) + 1 if len(places) else 0, *every.shape[1:])
-    missing = torch.ones(len(out), dtype=torch.bool)
-    missing[places] = False
-    if missing.any():
-        raise ValueError(f"`index` lacks {int(missing.sum())} places, the first {int(missing.nonzero()[0])}: number all rows")
-    out[places] = every
-    return out
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): name a file with weights") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and (len(sha256) < 8 or not digest.startswith(sha256.lower())):
+        raise ValueError(f"`sha256` {sha256} is not that of {path}, which is {digest}: get the file again, or correct it")
+    return content
 
 
-def _everyone(own: T) -> list[T]:
-    """What each process has, in the order of their ranks."""
+def statistics_of(
+    data: Dataset, extractor: Extractor, batch: int = 256, progress: Callable[[int], None] | None = None
+) -> Statistics:
+    """Statistics of a whole data set, a batch at a time; the same whatever the batch, and however many processes share it.
+
+    Arguments:
+        data: Images.
+        extractor: What makes the features.
+        batch: Images at once.
+        progress: Called with the number of images done by this process.
+    """
     from torch import distributed
 
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, own)
-    return parts
+    shared = distributed.is_available() and distributed.is_initialized()
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
+    total, done = Statistics(extractor=extractor.hash), 0
+    for index in torch.arange(rank, len(data), world).split(batch):
+        total.update(extractor.extract(data.batch(index)[0], batch))
+        done += len(index)
+        if progress is not None:
+            progress(done)
+    return total.gather()
 
 
 def _hash_module(module: nn.Module) -> str:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from . import basic, classifier, diagnose, nll, variance  # noqa: F401  # each module adds its commands to the application
+from . import basic, classifier, diagnose, features, nll, variance  # noqa: F401  # each module adds its commands to the application
 from .app import app
 
 __all__ = ["app", "main"]

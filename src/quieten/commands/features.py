@@ -1,0 +1,98 @@
+"""`quieten features train` and `quieten features stats`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..classify import accuracy
+from ..data import load
+from ..features import Extractor, statistics_of
+from ..files import write_atomic, writing
+from ..nets import Classifier
+from ..progress import Progress
+from ..runs import packed
+from ..source import device_of
+from .teach import finish, splits, taught, weights_file
+
+__all__ = ["stats", "train"]
+
+
+def train(
+    data: str,
+    *,
+    out: Path | None = None,
+    images: int = 600_000,
+    batch: int = 128,
+    lr: float = 2e-3,
+    decay: float = 0.02,
+    width: int = 64,
+    dropout: float = 0.1,
+    shift: int = 2,
+    mirror: bool | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    download: bool = False,
+    device: str | None = None,
+) -> bool:
+    """Trains a classifier for its features, or goes on with it; returns whether it is done (not stopped by Ctrl-C).
+
+    The arguments are the command's options.
+
+    Raises:
+        ValueError: For data without labels or pictures, or a file of other training.
+    """
+    learnt, test = splits(data, folder, download)
+    out = weights_file(Path("runs") / f"{learnt.name}-features.safetensors" if out is None else out)
+    options: dict[str, Any] = {"channels": learnt.shape[0], "classes": len(learnt.classes), "width": width, "dropout": dropout}
+    plan = {"data": learnt.name, "images": images, "batch": batch, "lr": lr, "weight_decay": decay, "shift": shift,
+            "mirror": learnt.name not in ("digits", "mnist") if mirror is None else mirror, "seed": seed}  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(**options)
+    net.to(device_of(device))
+    facts = {"options": json.dumps(options), "classes": json.dumps(learnt.classes), "plan": json.dumps(plan)}
+    done = taught(net, net, learnt, out, facts, plan)
+    if done:
+        half = finish(net)
+        share = accuracy(net, test)
+        with writing(out):
+            write_atomic(out, packed(half, {**facts, "accuracy": f"{share:.4f}"}))
+        print(f"{out}: {net.feature_channels} features, {out.stat().st_size / 1e3:.0f} kB; {share:.2%} of {len(test)} held-out "
+              f"images of {test.name} are put in the right class")  # fmt: skip
+    return done is not False
+
+
+def stats(
+    data: str,
+    *,
+    extractor: str,
+    out: Path | None = None,
+    split: str = "train",
+    size: int | None = None,
+    batch: int = 256,
+    sha256: str | None = None,
+    single: bool = False,
+    folder: Path | None = None,
+    download: bool = False,
+    device: str | None = None,
+) -> Path:
+    """Writes the statistics of a data set's features; the arguments are the command's options.
+
+    Raises:
+        ValueError: For an unknown data set or extractor, or a file that cannot be written.
+    """
+    used = Extractor.load(extractor, sha256, device_of(device))
+    images = load(data, split=split, size=size, labels=False, data=folder, download=download)
+    out = Path(f"{images.name}-{split}-{used.hash[:8]}.npz") if out is None else out.expanduser()
+    if out.suffix != ".npz":
+        raise ValueError(f"`--out {out}` must be the name of an .npz file: end it in .npz")
+    with Progress(len(images), 0, f"features of {images.name}") as progress:
+        found = statistics_of(images, used, batch, progress.update)
+    with writing(out):
+        found.save(out, single=single)
+    print(f"{out}: mean and covariance of {len(found.mean)} features of {found.n} images, by {used.name} {used.hash[:12]}")
+    return out
