@@ -54,8 +54,8 @@ class Tuned(Transition):
         std: Standard deviations, (T,) or (T, *shape), or one for all steps; None takes those of `inner` with x0 known, and
             "kernel" whatever the kernel has, step by step (learned variances), of which the table then holds a factor.
         trained: Which of them are trained: see `TRAINED`.
-        last_std: Standard deviation of a step to lam = +inf, where the kernel has none; with `std` as a tensor or a number,
-            that holds there too.
+        last_std: Standard deviation of the last step where the kernel has none, as in a step to lam = +inf; with `std` as a
+            tensor or a number, that holds there too.
         shape: Shape of one example, for transitions that want to know it.
         mean_map: Applied to the means, such as a projection to a sphere.
         adhoc_scale1: Factor on the share of the mean that is not alpha_s / alpha_t x_t: the noise term of the official code.
@@ -112,7 +112,7 @@ class Tuned(Transition):
         if isinstance(std, str):
             return torch.ones(self.T)
         if std is None:
-            return torch.tensor(noise if self._lams[-1] < math.inf else [*noise[:-1], self.last_std])
+            return torch.tensor([*noise[:-1], noise[-1] or self.last_std])
         table = torch.as_tensor(std).detach().clone()
         table = table if table.is_floating_point() else table.float()
         table = table.expand(self.T).clone() if table.ndim == 0 else table
@@ -406,10 +406,12 @@ def _probed(
                              "alone: use Ancestral(spread=False)")  # fmt: skip
         if not isinstance(step.p, Gaussian):
             raise ValueError(f"`transition` {name} has kernels without a density: use a Gaussian one, such as Ancestral()")
-        if needs_noise and step.p.is_point and lam_s < math.inf:
+        std = 0.0 if step.p.is_point else float(step.p.var.double().mean().sqrt())
+        std = std if std > 1e-8 else 0.0  # levels that should be equal differ in their last digit
+        if needs_noise and not std and k < len(lams) - 2:
             raise ValueError(f"`transition` {name} adds no noise in step {k}, so there is no policy to train: "
                              "use Ancestral(eta) with eta > 0, or inject noise by `std`")  # fmt: skip
-        stds.append(0.0 if step.p.is_point else float(step.p.var.double().mean().sqrt()))
+        stds.append(std)
     return stds
 
 
