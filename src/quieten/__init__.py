@@ -53,6 +53,7 @@ _WHERE = {
     "samplers": ["SAMPLERS", "sampler"],
     "policy": ["Policy", "Rollout", "Tuned"],
     "policy_schedule": ["Consistency", "edm_grid", "fastdpm", "moment_std"],
+    "adapters": ["inject", "merge"],
     "tuning": ["Settings"],
     "imitation": ["MaxEntIRL"],
     "running_cost": ["Auxiliary", "expected_cost", "running_cost", "time_costs"],
