@@ -15,7 +15,7 @@ from quieten.noise import Draws
 from quieten.oracle import GaussianData
 from quieten.policy import Policy
 from quieten.process import VP, Level
-from quieten.reward import RewardSettings, RewardTuning, load_reward, reference_cost, tune_to_reward
+from quieten.reward import RewardEnergy, RewardTuning, load_reward, reward_settings, tune_to_reward
 
 LAMS = torch.tensor([-3.0, -1.0, 0.5, math.inf], dtype=torch.float64)
 T = len(LAMS) - 1
@@ -44,10 +44,13 @@ class Affine(Denoiser):
 
 
 class Quadratic(nn.Module):
-    """V(x, k) = sum of h_k x^2 / 2 + g_k x, plus c_k, for the samples too."""
+    """V(x, k) = sum of h_k x^2 / 2 + g_k x, plus c_k; with `terminal`, of samples too."""
 
-    def __init__(self) -> None:
+    T = T
+
+    def __init__(self, terminal: bool = False) -> None:
         super().__init__()
+        self.terminal = terminal
         self.h, self.g = (nn.Parameter(torch.zeros(T + 1, 2).double()) for _ in range(2))
         self.c = nn.Parameter(torch.zeros(T + 1).double())
 
@@ -90,10 +93,9 @@ def test_converges_to_the_exact_tilt(differentiable: bool, one_thread: None) -> 
         x = x if differentiable else x.detach()
         return -0.5 * kappa * (x - m).square().sum(1)
 
-    settings = RewardSettings(
-        tau=tau, differentiable=differentiable, lr=0.03, lr_std=0.03, lr_value=0.1, clip=None, betas=(0.8, 0.99)
-    )
-    tuning = RewardTuning(policy, reward, Quadratic(), settings=settings)
+    settings = reward_settings(tau, lr=0.03, lr_std=0.03, lr_value=0.1, policy_clip=None, betas=(0.8, 0.99))
+    value = Quadratic(terminal=not differentiable)
+    tuning = RewardTuning(policy, reward, value, differentiable=differentiable, settings=settings)
     rows = tune_to_reward(tuning, 700, 256, decay=0.8)
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
     for k, (got, want) in enumerate(zip(chain(policy), tilted(reference, kappa, m, tau), strict=True)):
@@ -101,21 +103,30 @@ def test_converges_to_the_exact_tilt(differentiable: bool, one_thread: None) -> 
             within(1e-2, (g - w).abs().max(), f"step {k}, {what}")
 
 
-def test_reference_cost_is_the_stated_form() -> None:
-    m, m_ref = torch.randn(2, 4, 3, dtype=torch.float64)
-    rho, rho_ref = 0.3, torch.tensor([0.5, 0.2, 0.9], dtype=torch.float64)
-    p, ref = Gaussian(m, torch.tensor(rho**2, dtype=torch.float64)), Gaussian(m_ref, rho_ref**2)
-    want = (torch.log(rho_ref / rho) + (rho**2 + (m - m_ref) ** 2) / (2 * rho_ref**2) - 0.5).sum(1)
-    within(1e-12, (reference_cost(p, ref) - want).abs().max(), "cost against its formula")
-    within(1e-12, (reference_cost(p, ref, "mean") - want / 3).abs().max(), "per dimension")
-    assert reference_cost(ref, ref).abs().max() == 0
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_leaving_costs_the_stated_form(reduction: str) -> None:
+    """log(rho_ref / rho) + (rho^2 + (m - m_ref)^2) / (2 rho_ref^2) - 1/2 of each dimension, and "nats" their sum."""
+    policy = built()
+    tuning = RewardTuning(policy, lambda x: x.sum(1), Quadratic(), settings=reward_settings(0.1, reduction=reduction))  # type: ignore[arg-type]
+    with torch.no_grad():
+        policy.log_std.add_(torch.tensor([0.2, -0.1, 0.3]))
+        policy.denoiser.b.add_(0.1)
+    x = torch.randn(5, 2, dtype=torch.float64)
+    for k in range(T):
+        p, ref = policy.step(x, k), tuning.reference.step(x, k)
+        rho, rho_ref = p.var.sqrt(), ref.var.sqrt()
+        each = torch.log(rho_ref / rho) + (rho**2 + (p.mean - ref.mean) ** 2) / (2 * rho_ref**2) - 0.5
+        want = each.sum(1) if reduction == "sum" else each.mean(1)
+        within(1e-12, (tuning._divergence(x, k, p, {}) - want).detach().abs().max(), f"cost of step {k}")
+        within(1e-12, (tuning._nats[k] - each.sum(1).mean()).detach().abs(), "its nats")
+        assert tuning._divergence(x, k, ref, {}).abs().max() == 0
 
 
 def test_starts_at_the_reference_and_leaves_it_alone() -> None:
     policy = built().float()
     before = [p.clone() for p in policy.parameters()]
-    tuning = RewardTuning(policy, lambda x: x.sum(1), settings=RewardSettings(lr=0.01, lr_std=0.01))
-    first = tuning.iterate(64, draws=Draws(0, 0, range(64)))
+    tuning = RewardTuning(policy, lambda x: x.sum(1), settings=reward_settings(lr=0.01, lr_std=0.01))
+    first = tuning.iterate(torch.zeros(64, 2), draws=Draws(0, 0, range(64)))
     assert float(first["nats"]) == pytest.approx(0.0, abs=1e-6)
     second = tuning.iterate(torch.zeros(64, 2), draws=Draws(0, 1, range(64)))
     assert float(second["nats"]) > 1e-5
@@ -141,9 +152,8 @@ def test_conditions_stay_with_their_rows() -> None:
     policy = Policy(Labelled(), LAMS, trained="all", std=torch.tensor([0.5, 0.5, 1e-3]).double()).float()
     tuning = RewardTuning(policy, reward)
     for step in range(3):
-        tuning.iterate(40, {"label": torch.arange(40)}, Draws(0, step, range(40)))
+        tuning.iterate(torch.zeros(40, 2), {"label": torch.arange(40)}, Draws(0, step, range(40)))
     assert max(map(float, seen)) < 0.02
-    assert len(seen) == 6
 
 
 def test_bias_is_zero_where_the_start_tells_nothing() -> None:
@@ -157,7 +167,7 @@ def test_bias_is_zero_where_the_start_tells_nothing() -> None:
                 at, one = (policy.step(torch.full((1, 2), v).double(), k).mean for v in (0.0, 1.0))
                 b = policy.denoiser.process.coefficients(lams[k], float(LAMS[k + 1]), 1.0)[1]
                 policy.denoiser.a[k] += (slope - (one - at)[0]) / b
-        settings = RewardSettings(lr=0.0, lr_std=0.0, lr_value=0.05, tau=1.0)
+        settings = reward_settings(1.0, lr=0.0, lr_std=0.0, lr_value=0.05)
         tuning = RewardTuning(policy.float(), lambda x: x.sum(1), Quadratic().float(), settings=settings)
         return tune_to_reward(tuning, 150, 256)[-1]["bias"]
 
@@ -165,22 +175,33 @@ def test_bias_is_zero_where_the_start_tells_nothing() -> None:
     assert bias(0.9) == pytest.approx(math.sqrt(2) * 0.9**T, rel=0.2)
 
 
+def test_a_module_of_a_reward_is_frozen_and_evaluates() -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))
+    energy = RewardEnergy(net)
+    energy.train()
+    x = torch.ones(4, 2, requires_grad=True)
+    assert torch.equal(energy(x), energy(x))
+    assert torch.allclose(torch.autograd.grad(energy(x).sum(), x)[0], -net[0].weight.expand(4, 2))
+    assert not any(p.requires_grad for p in net.parameters())
+    assert not RewardEnergy(net, differentiable=False)(x).requires_grad
+
+
 def test_refusals(tmp_path, monkeypatch) -> None:
-    policy = built().float()
+    policy, x0 = built().float(), torch.zeros(8, 2)
     with refuses("`reward`", "differentiable=False"):
-        RewardTuning(policy, lambda x: x.detach().sum(1)).iterate(32)
+        RewardTuning(policy, lambda x: x.detach().sum(1)).iterate(x0)
     with refuses("not finite"):
-        RewardTuning(policy, lambda x: x.sum(1) / 0).iterate(8)
-    with refuses("iteration 1", "not finite"):
+        RewardTuning(policy, lambda x: x.sum(1) / 0).iterate(x0)
+    with refuses("not finite", "iteration 0"):
         tune_to_reward(RewardTuning(policy, lambda x: x.sum(1) / 0), 2, 8)
     with refuses("one number per example"):
-        RewardTuning(policy, lambda x: x).iterate(8)
+        RewardTuning(policy, lambda x: x).iterate(x0)
     with refuses("`tau`"):
-        RewardSettings(tau=0.0)
-    with refuses("`n_policy`"):
-        RewardSettings(n_policy=0)
-    with refuses("`reduction`"):
-        RewardSettings(reduction="max")  # type: ignore[arg-type]
+        reward_settings(0.0)
+    with refuses("`value`", "terminal=True"):
+        RewardTuning(policy, lambda x: x.sum(1), Quadratic(), differentiable=False)
+    with refuses("`iterations`"):
+        tune_to_reward(RewardTuning(policy, lambda x: x.sum(1)), 0, 8)
     frozen = Policy(GaussianData(torch.zeros(2), 1.0, VP), LAMS, trained="none")
     with refuses("nothing to train"):
         RewardTuning(frozen, lambda x: x.sum(1))
@@ -189,7 +210,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
         RewardTuning(policy, lambda x: x.sum(1), reference=other)
     from quieten.energies import PerceptronValue
 
-    with refuses("`value`", "T=7"):
+    with refuses("`value`", "7 steps"):
         RewardTuning(policy, lambda x: x.sum(1), PerceptronValue(2, T=7))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_rewards_for_a_test.py").write_text("def bright(x):\n    return x.flatten(1).mean(1)\nnumber = 3\n")
