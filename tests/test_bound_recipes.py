@@ -7,11 +7,15 @@ import torch
 
 from helpers import refuses, within
 from quieten.bound import VariationalBound
-from quieten.config import load_recipe, recipe_names, resolve, with_overrides
+from quieten.config import build_denoiser, load_recipe, recipe_names, resolve, with_overrides
 from quieten.data import Dataset
+from quieten.decoders import Flat, Nearby
 from quieten.fit import fit
-from quieten.runs import Run, export, load_companions
+from quieten.noise import Draws
+from quieten.objective import Batch
+from quieten.runs import Run, build_update, export, load_companions
 from quieten.sampling import generate
+from quieten.schedule import Linear
 from quieten.source import open_source
 from quieten.transition import Ancestral
 from toy import toy_data, toy_recipe, toy_run
@@ -87,14 +91,40 @@ def test_split_models_sample_their_flow(tmp_path: Path) -> None:
 
 
 def test_sections_that_do_not_belong_together() -> None:
-    from quieten.config import build_denoiser
-
     with refuses("`encoder`", "bound", "denoising"):
         build_denoiser(toy_recipe("encoder=compact"))
     with refuses("split", "sigma2"):
         vectors = Dataset("v", torch.randn(8, 5), None, ())
         build_denoiser(toy_recipe("objective.kind=bound", "model.net=mlp", "objective.schedule=linear",
                                   "encoder={kind: compact, counterterm: split}", data=vectors))  # fmt: skip
+
+
+def test_floats_have_a_density_and_bytes_values(tmp_path: Path) -> None:
+    """Latents are no pixels: the decoder of values would read them as such."""
+    latents = Dataset("latents", 3 * torch.randn(16, 1, 8, 8), None, ())
+    run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule=linear", "train.images=32", data=latents)
+    assert fit(run, data=latents).done
+    assert isinstance(build_update(run.recipe, latents).objective.decoder, Nearby)
+    assert isinstance(build_update(run.recipe, pictures(1, 8)).objective.decoder, Flat)
+    bound = VariationalBound(Linear(), Flat())
+    with refuses("`x0`", "256 values", "Plain()"):
+        bound(build_update(run.recipe, latents).denoiser, Batch(latents.batch(torch.arange(4))[0], torch.arange(4), {}),
+              Draws(0, 0, range(4)))  # fmt: skip
+
+
+def test_a_learned_reverse_variance_trains_from_a_recipe(tmp_path: Path) -> None:
+    """Twice the channels, read by the sampler and by the bound as a range between the small variance and the large."""
+    run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule=linear", "train.images=32",
+                  "bound={kind: steps, count: 10, reverse_variance: learned}")  # fmt: skip
+    assert fit(run, data=toy_data()).done
+    opened = open_source(str(run.path))
+    assert getattr(opened.denoiser, "learned_range", False)
+    x = generate(opened.denoiser, 2, grid=opened.grid(4, "uniform"), transition=Ancestral(range=True), cond={"label": 0})
+    assert bool(x.isfinite().all())
+    vectors = Dataset("v", torch.randn(8, 5), None, ())
+    with refuses("'learned'", "vectors"):
+        build_denoiser(toy_recipe("objective.kind=bound", "model.net=mlp", "objective.schedule=linear",
+                                  "bound={kind: steps, reverse_variance: learned}", data=vectors))  # fmt: skip
 
 
 def test_vectors_have_a_bound_too(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@ r"""The variational bound as a loss: VDM, and DiffEnc when an encoder takes part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .decoders import Decoder
 from .denoiser import Denoiser, convert, form_coefficients
 from .encoder import Encoded, Encoder
 from .gaussian import Gaussian, spread_over
@@ -19,10 +21,17 @@ from .process import Process
 from .schedule import Schedule
 from .transition import Step, Transition
 
-__all__ = ["Terms", "VariationalBound", "Widened", "continuous", "in_steps"]
+if TYPE_CHECKING:
+    from .likelihood import Bound
+
+__all__ = ["REVERSE_VARIANCES", "Terms", "VariationalBound", "Widened", "continuous", "in_steps"]
 
 Decode = Callable[[Any, Tensor, Tensor, Any], Tensor]
 """A decoder as `likelihood` has it: (step, x0, x_t, lam_t) -> (B,) nats; here step is None and lam_t the last finite level."""
+
+
+REVERSE_VARIANCES = ("equal", "optimal", "learned")
+"""Of a step's kernel: the posterior's, that times one number for the step, or what the denoiser reports."""
 
 
 class Terms(dict[str, Tensor]):
@@ -56,9 +65,11 @@ class VariationalBound(Objective):
         encoder: From data to encoded data; the denoiser's process must then be `Encoded`.
         shape_by: "bound" trains the inner shape of a `Shaped` schedule by the bound (which in continuous time does not depend
             on it), "variance" by the square of the diffusion loss, so that its estimate varies less.
-        reverse_variance: "equal" (to that of the posterior), or, for T steps, "optimal": widened by a running estimate of
-            what makes the bound smallest, see `Widened`.
+        reverse_variance: "equal" (to that of the posterior), or for T steps "optimal": widened by a running estimate of what
+            makes the bound smallest, see `Widened`; or "learned": that of the kernel of `Ancestral()` with the variance that
+            the denoiser reports, of `Ancestral(range=True)` for a `learned_range` network. Then it is trained, too.
         momentum: Of that running estimate, per visit of a step.
+        times: "even": one offset per batch, times spread evenly; or "independent" uniforms.
         drop: Conditions to drop at random, as in `Denoising`.
         lean: While training, encode only what matters at the ends: nothing at the clean one, where data and encoding differ by
             sigma^2 (1.7e-6 as published), and a quarter of the batch at the noisy one, counted four times.
@@ -83,6 +94,7 @@ class VariationalBound(Objective):
         shape_by: str = "bound",
         reverse_variance: str = "equal",
         momentum: float = 0.02,
+        times: str = "even",
         drop: Mapping[str, tuple[float, int | float]] | None = None,
         lean: bool = False,
     ):
@@ -95,13 +107,19 @@ class VariationalBound(Objective):
             raise ValueError(
                 "`shape_by` 'variance' needs continuous time and a schedule with a shape of its own: Monotone(pinned=True)"
             )
-        if reverse_variance not in ("equal", "optimal"):
-            raise ValueError(f"`reverse_variance` must be 'equal' or 'optimal' (got {reverse_variance!r})")
-        if reverse_variance == "optimal" and steps is None:
+        if reverse_variance not in REVERSE_VARIANCES:
+            raise ValueError(f"`reverse_variance` must be one of {', '.join(REVERSE_VARIANCES)} (got {reverse_variance!r})")
+        if reverse_variance != "equal" and steps is None:
             raise ValueError("`reverse_variance` other than 'equal' makes the bound infinite in continuous time: give `steps`")
+        if reverse_variance == "learned" and encoder is not None:
+            raise ValueError("`reverse_variance` 'learned' is a variance of x0, which a denoiser of encoded data does not "
+                             "know: take 'optimal'")  # fmt: skip
+        if times not in ("even", "independent"):
+            raise ValueError(f"`times` must be 'even' or 'independent' (got {times!r})")
         _check_falling(schedule)
         self.schedule, self.decoder, self.steps, self.encoder = schedule, decoder, steps, encoder
         self.shape_by, self.momentum, self.drop, self.lean = shape_by, momentum, dict(drop or {}), lean
+        self.reverse_variance, self.times, self._looked = reverse_variance, times, False
         self.register_buffer("excess", torch.zeros(steps or 0, dtype=torch.float64) if reverse_variance == "optimal" else None)
         self.excess: Tensor | None
 
@@ -109,20 +127,33 @@ class VariationalBound(Objective):
         return self.losses(denoiser, batch, draws)["loss"]
 
     def losses(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """The loss and its terms, each (B,) in bits per dimension."""
+        """The loss and its terms, each (B,) in bits per dimension; of a learned schedule also its ends, as log-SNRs.
+
+        The loss is NaN where a learned schedule no longer falls, so that training stops.
+        """
         terms = self.terms(denoiser, batch, draws)
         loss = terms.total + terms["mean"] if "mean" in terms else terms.total
         unit = 1.0 / (math.log(2.0) * max(1, math.prod(batch.x0.shape[1:])))
-        return {"loss": loss * unit, **{name: (term * unit).detach() for name, term in terms.items()}}
+        named = {name: (term * unit).detach() for name, term in terms.items()}
+        if any(p.requires_grad for p in self.schedule.parameters()):
+            top, bottom = self._ends(batch.x0).detach().to(loss)
+            loss = torch.where(top > bottom, loss, math.nan)
+            named |= {"lam_max": top.expand_as(loss), "lam_min": bottom.expand_as(loss)}
+        return {"loss": loss * unit, **named}
 
     def terms(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Terms:
         """The parts of the bound, one draw of time and noise per example.
 
         Raises:
-            ValueError: If encoder and process do not belong together, or the schedule's ends are not finite.
+            ValueError: If encoder and process do not belong together, or the first batch has values that the decoder cannot
+                stand for.
         """
         process = self._process(denoiser)
-        ends = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64).to(batch.x0.device, level_dtype(batch.x0)))
+        if not self._looked and len(batch.x0):
+            self._looked = True  # once: a look waits for the device
+            if isinstance(self.decoder, Decoder) and self.decoder.pixels is not None:
+                self.decoder.pixels.check(batch.x0)
+        ends = self._ends(batch.x0)
         x_first, x_last = self._encoded_ends(batch.x0, ends)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._ends_learn()):
             noise = draws.normal(batch.x0, "decoder")
@@ -141,7 +172,7 @@ class VariationalBound(Objective):
     # -- the diffusion term
 
     def _continuous(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Terms:
-        u = self.schedule.draw(draws).to(batch.x0.device, level_dtype(batch.x0))
+        u = self._times(batch.x0, draws)
         shape: tuple[Tensor, ...] = ()
         if self.shape_by == "variance" and isinstance(self.schedule, Shaped):
             shape = self.schedule.shape(u)
@@ -162,10 +193,12 @@ class VariationalBound(Objective):
 
     def _discrete(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Terms:
         steps = int(self.steps or 1)
-        u = self.schedule.draw(draws).to(batch.x0.device, level_dtype(batch.x0))
+        u = self._times(batch.x0, draws)
         index = (u * steps).ceil().clamp_(1, steps)
         lam, lam_s = self.schedule(index / steps), self.schedule((index - 1) / steps)
         h = lam_s - lam
+        if self.reverse_variance == "learned":
+            return Terms(diffusion=steps * self._spread(denoiser, batch, lam, lam_s, draws))
         x_t, x_s = (batch.x0, None) if self.encoder is None else self._encoded_pair(batch.x0, lam, lam_s)
         error, d_hat, extra = self._errors(denoiser, x_t, lam, batch.cond, draws)
         if x_s is not None:
@@ -209,7 +242,31 @@ class VariationalBound(Objective):
         e = excess[index].to(ratio)
         return dims * (torch.log1p(e) - e / (1.0 + e)) + ratio / (1.0 + e)
 
+    def _spread(self, denoiser: Denoiser, batch: Batch, lam: Tensor, lam_s: Tensor, draws: Draws) -> Tensor:
+        """KL (B,) of a step whose kernel has the variance that the denoiser reports, in its basis."""
+        x0, cond = batch.x0, dropped(batch.cond, self.drop, draws)
+        alpha, sigma = self._process(denoiser).scales_over(lam, x0)
+        p = denoiser(alpha * x0 + sigma * draws.normal(x0, "eps"), lam, **cond)
+        if p.is_point:
+            raise ValueError("`reverse_variance` 'learned' needs a denoiser that reports a variance: WithCovariance(...), or a "
+                             "network with `learned_range`")  # fmt: skip
+        steps = torch.expm1(spread_over(lam_s - lam, x0))
+        error = (alpha / sigma) * (x0 - p.mean)
+        if p.basis is not None:
+            error = p.basis.forward(error)
+        if getattr(denoiser, "learned_range", False):  # var = f sigma_t^2, and 1 + e = (sigma_t^2 / sigma_s^2)^f
+            sigma_s = self._process(denoiser).scales_over(lam_s, x0)[1]
+            log = p.var * (2.0 / (sigma * sigma) * (sigma / sigma_s).log())
+        else:
+            log = torch.log1p(steps * (alpha / sigma) ** 2 * p.var)
+        return 0.5 * (log + torch.expm1(-log) + steps * error.square() * torch.exp(-log)).flatten(1).sum(1)
+
     # -- its surroundings
+
+    def _times(self, x0: Tensor, draws: Draws) -> Tensor:
+        """u (B,) in (0, 1) of the examples."""
+        u = self.schedule.draw(draws) if self.times == "even" else draws.uniform("u")
+        return u.to(x0.device, level_dtype(x0))
 
     def _process(self, denoiser: Denoiser) -> Process:
         if (self.encoder is not None) != isinstance(denoiser.process, Encoded):
@@ -234,6 +291,10 @@ class VariationalBound(Objective):
         with torch.random.fork_rng(devices=[x0.device] if x0.device.type == "cuda" else []):
             x_s = encoder(x0, lam_s)
         return encoder(x0, lam), x_s
+
+    def _ends(self, x0: Tensor) -> Tensor:
+        """Log-SNRs (2,) at u = 0 and 1."""
+        return self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64).to(x0.device, level_dtype(x0)))
 
     def _ends_learn(self) -> bool:
         """Whether prior and reconstruction depend on anything that is learned."""
@@ -262,46 +323,77 @@ def _check_falling(schedule: Schedule) -> None:
                          f"(got {top:g} at u = 0, {bottom:g} at u = 1)")  # fmt: skip
 
 
-def continuous(shape_by: Literal["bound", "variance"] = "bound", lean: bool = False) -> dict[str, Any]:
+def continuous(
+    shape_by: Literal["bound", "variance"] = "bound",
+    times: Literal["even", "independent"] = "even",
+    lean: bool = False,
+) -> dict[str, Any]:
     """The options of a bound in continuous time, for recipes."""
-    return {"shape_by": shape_by, "lean": lean}
+    return {"shape_by": shape_by, "times": times, "lean": lean}
 
 
 def in_steps(
     count: int = 1000,
-    reverse_variance: Literal["equal", "optimal"] = "equal",
+    reverse_variance: Literal["equal", "optimal", "learned"] = "equal",
     momentum: float = 0.02,
+    times: Literal["even", "independent"] = "even",
     lean: bool = False,
 ) -> dict[str, Any]:
     """The options of a bound in T steps, for recipes."""
-    return {"steps": count, "reverse_variance": reverse_variance, "momentum": momentum, "lean": lean}
+    return {"steps": count, "reverse_variance": reverse_variance, "momentum": momentum, "times": times, "lean": lean}
 
 
 class Widened(Transition):
-    """A transition whose kernels are widened step by step: the reverse variance that the bound found best.
+    r"""A transition whose kernels are widened step by step: the reverse variance that makes the bound smallest.
+
+    For kernels with the posterior's variance :math:`\sigma_Q^2` a step costs :math:`\|\mu_P - \mu_Q\|^2 / 2 \sigma_Q^2`; with
+    :math:`\sigma_P^2 = (1 + e)\, \sigma_Q^2`, e the mean of :math:`\|\mu_P - \mu_Q\|^2 / D \sigma_Q^2`, only D / 2 log(1 + e).
 
     Arguments:
-        inner: The transition, such as `Ancestral()`.
-        schedule: That of the training.
-        excess: Relative excess of the variance for each of T steps, from data to noise: `VariationalBound.excess`.
+        inner: The transition, with the posterior's variance: `Ancestral(spread=False)`, or `Ancestral()` of a denoiser that
+            reports none.
+        levels: T + 1 log-SNRs between which the steps are, in either order; or a schedule, for u = 0, 1/T, ..., 1.
+        excess: e of each of the T steps, from data to noise: (T,), such as `VariationalBound.excess`. See `of`.
 
     Raises:
-        ValueError: At a step that is none of the T.
+        ValueError: If there is not one number, at least 0, for each step; or at a step that is none of the T.
+
+    References:
+        | DiffEnc (Nielsen et al., 2024), section 3 and appendix, on unequal variances
+        | https://arxiv.org/abs/2310.19789
     """
 
-    def __init__(self, inner: Transition, schedule: Schedule, excess: Tensor):
+    def __init__(self, inner: Transition, levels: Schedule | Tensor | Sequence[float], excess: Tensor):
         super().__init__()
         self.inner, self.excess = inner, excess.tolist()
-        with torch.no_grad():
-            self.levels = schedule(torch.linspace(0, 1, len(excess) + 1, dtype=torch.float64)).tolist()
+        if isinstance(levels, Schedule):
+            with torch.no_grad():
+                levels = levels(torch.linspace(0, 1, len(excess) + 1, dtype=torch.float64))
+        self.levels = sorted(torch.as_tensor(levels, dtype=torch.float64).tolist(), reverse=True)
+        if len(self.levels) != len(self.excess) + 1:
+            raise ValueError(f"`excess` must hold a number for each of the {len(self.levels) - 1} steps between `levels` (got "
+                             f"{len(self.excess)})")  # fmt: skip
+        if not all(0.0 <= value < math.inf for value in self.excess):
+            raise ValueError(f"`excess` must be finite and not negative (got {min(self.excess):.4g} to {max(self.excess):.4g})")
+
+    @classmethod
+    def of(cls, inner: Transition, bound: Bound) -> Widened:
+        """The best widening of a transition, from a bound in steps that was measured with it on training data."""
+        if not bound.levels or not len(bound.prior):
+            raise ValueError("`bound` must be of at least one example, in steps: measure it on a grid")
+        return cls(inner, bound.levels, 2.0 * bound.diffusion.mean(0).flip(0) / bound.dims)
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
         step = self.inner(denoiser, x_t, lam_t, lam_s, memory)
         if lam_s == math.inf:
             return step
-        gaps = [abs(lam_t - a) + abs(lam_s - b) for b, a in zip(self.levels, self.levels[1:], strict=False)]
-        index = min(range(len(gaps)), key=gaps.__getitem__)
-        if gaps[index] > 1e-3:
-            raise ValueError(f"the variance of the step from {lam_t:.4g} to {lam_s:.4g} was not learned: sample on the grid of "
-                             f"{len(gaps)} steps of the training")  # fmt: skip
+        gaps = [_apart(lam_t, a) + _apart(lam_s, b) for b, a in pairwise(self.levels)]
+        index = min(range(len(gaps)), key=gaps.__getitem__, default=-1)
+        if index < 0 or not gaps[index] <= 1e-3:
+            raise ValueError(f"the variance of the step from {lam_t:.4g} to {lam_s:.4g} was not learned: take the grid of "
+                             f"{len(gaps)} steps that it was measured on")  # fmt: skip
         return Step(Gaussian(step.p.mean, step.p.var * (1.0 + self.excess[index])), step.x0, step.memory, step.then)
+
+
+def _apart(a: float, b: float) -> float:
+    return 0.0 if a == b else abs(a - b)  # pure noise is at -inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -196,16 +197,19 @@ def build_denoiser(recipe: Recipe) -> Preconditioned:
     model, scale = recipe.model, recipe.model.time_scale
     process, split = _process(recipe)
     context = _context(recipe)
-    if split and "channels" not in context:
-        raise ValueError("the counterterm 'split' is for images: take sigma2 or none for vectors")
-    wide = {"out_channels": 2 * context["channels"]} if split else {}
+    bound = recipe.section("bound") if recipe.objective.kind == "bound" else None
+    ranged = bound is not None and bound.options.get("reverse_variance") == "learned"
+    if (split or ranged) and "channels" not in context:
+        raise ValueError("the counterterm 'split' is for images: take sigma2 or none for vectors" if split else
+                         "the reverse variance 'learned' is for images: take equal or optimal for vectors")  # fmt: skip
+    wide = {"out_channels": 2 * context["channels"]} if split or ranged else {}
     net = build("net", model.net.kind, model.net.options | wide, **context)
     if recipe.section("augment") is not None and "augment" not in inspect.signature(net.forward).parameters:
         raise ValueError(f"`augment` needs a network that is told what was done: the net {model.net.kind!r} is not, "
                          "take another or leave out the section")  # fmt: skip
     sigma_data = 0.5 if model.form == "edm" and model.sigma_data is None else model.sigma_data
     form = edm_form(sigma_data) if model.form == "edm" and sigma_data else model.form
-    kind = Separated if split else Preconditioned
+    kind = Separated if split else functools.partial(Preconditioned, learned_range=ranged)
     embed = lambda lam: -scale * lam  # noqa: E731
     if model.time is not None:
         embed = build("time", model.time.kind, model.time.options, schedule=build_schedule(recipe))
@@ -256,8 +260,11 @@ def build_denoising(recipe: Recipe, data: Dataset | None = None) -> Denoising:
     return Denoising(build_schedule(recipe), weigh, regress_on, _drop(recipe))
 
 
-def build_bound(recipe: Recipe) -> VariationalBound:
-    """The variational bound; the sections `bound` and `encoder`, where there are any, say of what kind."""
+def build_bound(recipe: Recipe, data: Dataset | None = None) -> VariationalBound:
+    """The variational bound; the sections `bound` and `encoder`, where there are any, say of what kind.
+
+    Of bytes it bounds the likelihood of the values, of floats the density.
+    """
     from .bound import VariationalBound
     from .decoders import Flat, Nearby
     from .parts import build
@@ -266,7 +273,8 @@ def build_bound(recipe: Recipe) -> VariationalBound:
     kind = recipe.section("bound")
     options = {} if kind is None else build("bound", kind.kind, kind.options)
     process, pictures = PROCESSES[recipe.model.process], len(recipe.data.shape or ()) == 3
-    decoder = Flat(process) if pictures else Nearby(process)
+    floats = data is not None and getattr(getattr(data.images, "dtype", None), "is_floating_point", False)
+    decoder = Flat(process) if pictures and not floats else Nearby(process)
     return VariationalBound(build_schedule(recipe), decoder, encoder=build_encoder(recipe), drop=_drop(recipe), **options)
 
 
