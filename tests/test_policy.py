@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import affine, gaussian_data, refuses, within
-from quieten import FLOW, VE, VP, Ancestral, Draws, Exponential, Heun, Noise, elbo, generate, karras
+from quieten import FLOW, VE, VP, Ancestral, Draws, EulerMaruyama, Exponential, Heun, Noise, elbo, generate, karras
 from quieten.decoders import Plain
 from quieten.policy import FLOOR, Policy
 
@@ -37,11 +37,13 @@ def test_a_policy_starts_as_its_transition(process, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per", ["step", "pixel"])
+@pytest.mark.parametrize("transition", [None, EulerMaruyama()], ids=["together", "one by one"])
 @pytest.mark.parametrize("kind", ["vector", "image"])
-def test_rows_of_different_steps_are_those_steps(kind, per, dtype):
+def test_rows_of_different_steps_are_those_steps(kind, transition, per, dtype):
     data = gaussian_data(kind, VP)
     std = torch.rand(4, *(data.shape if per == "pixel" else ())) + 0.1
-    policy = Policy(data, grid_of(4), std=std.to(dtype))
+    policy = Policy(data, grid_of(4), transition, std=std.to(dtype))
+    assert policy.transition.takes_rows == (transition is None)
     k = torch.tensor([3, 0, 2, 2, 1])
     x, x_next = torch.randn(2, 5, *data.shape, dtype=dtype)
     p, logs = policy.step(x, k), policy.log_prob(x, x_next, k)

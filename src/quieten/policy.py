@@ -65,6 +65,7 @@ class Tuned(Transition):
         log_std: The trained table, logarithms of (T,) or (T, *shape); entries that are not trained have no effect.
         start: The same as it was at first, which entries that are not trained keep.
         T: Number of steps.
+        takes_rows: Whether `inner` takes a level for each row, so that `at` does too.
 
     Raises:
         ValueError: For a grid that does not rise, standard deviations that are not positive, a transition that is deterministic
@@ -102,6 +103,7 @@ class Tuned(Transition):
         if kept is not None and kept >= self.T and kept > 1:
             raise ValueError(f"`trained`={trained!r} leaves none of {self.T} steps to train: use 'fix_last', or 'none'")
         self.trained: Trained = trained
+        self.takes_rows = _takes_rows(inner, process, self._lams, shape)
         self._free = 0 if kept is None else self.T - kept
         self.log_std = nn.Parameter(table.log(), requires_grad=self._free > 0)
         self.register_buffer("start", table.log())
@@ -264,6 +266,8 @@ class Policy(nn.Module):
 
     Attributes:
         T: Number of steps.
+        s2: Variances of the auxiliary kernels that it was tuned with, where a file said so.
+        facts: What else the file said.
         transition: The policy as a transition for the public samplers: `generate(policy.denoiser, n, grid=policy.grid,
             transition=policy.transition, last="draw")` draws from it.
 
@@ -296,6 +300,8 @@ class Policy(nn.Module):
         self.transition = Tuned(inner, denoiser.process, grid, std, trained, last_std=last_std, shape=self.shape, **options)
         self.transition.to(denoiser.device)
         self.T = self.transition.T
+        self.s2: Tensor | None = None
+        self.facts: Mapping[str, Any] = {}
 
     @property
     def grid(self) -> Tensor:
@@ -318,8 +324,22 @@ class Policy(nn.Module):
 
     def step(self, x: Tensor, k: int | Tensor, **cond: Any) -> Gaussian:
         """p(x_{k+1} | x_k) for states x (B, *) of step k, or of one step for each row, int64 (B,)."""
+        if isinstance(k, Tensor) and not self.transition.takes_rows:
+            return self._step_by_step(x, k, cond)
         p: Gaussian = self.transition.at(self.denoiser.bind(**cond), x, k).p
         return p
+
+    def _step_by_step(self, x: Tensor, k: Tensor, cond: Mapping[str, Any]) -> Gaussian:
+        """`step` of rows of different steps for a transition that takes one level at a time."""
+        order = k.argsort(stable=True)
+        parts = [order[k[order] == step] for step in range(self.T)]
+        ps = [
+            self.step(x[rows], step, **{name: c[rows] if isinstance(c, Tensor) and c.ndim else c for name, c in cond.items()})
+            for step, rows in enumerate(parts)
+        ]
+        back = order.argsort()
+        var = torch.cat([p.var.expand_as(p.mean) for p in ps])
+        return Gaussian(torch.cat([p.mean for p in ps])[back], var[back], ps[0].basis)
 
     def log_rho(self, k: int | Tensor, p: Gaussian) -> Tensor:
         """As `Tuned.log_rho`."""
@@ -413,6 +433,18 @@ def _probed(
                              "use Ancestral(eta) with eta > 0, or inject noise by `std`")  # fmt: skip
         stds.append(std)
     return stds
+
+
+def _takes_rows(inner: Transition, process: Process, lams: list[float], shape: tuple[int, ...] | None) -> bool:
+    """Whether a transition gives rows of different levels what it gives each of them."""
+    x = torch.ones(min(2, len(lams) - 1), *(shape or (1,)), dtype=torch.float64)
+    levels, nothing = torch.tensor(lams, dtype=torch.float64), _Nothing(process, shape)
+    try:
+        mean = inner(nothing, x, levels[: len(x)], levels[1 : len(x) + 1]).p.mean
+    except (RuntimeError, TypeError, ValueError):  # a test of a level as a truth, or math on it
+        return False
+    alone = [inner(nothing, x[i : i + 1], lams[i], lams[i + 1]).p.mean for i in range(len(x))]
+    return torch.allclose(mean, torch.cat(alone))
 
 
 def _same(a: float, b: Any) -> bool:
