@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..covariance import VarianceSource
 from ..data import Dataset, load
 from ..files import writing
-from ..noise import Draws
-from ..objective import noised_by
+from ..metrics import Result, calibration
 from ..source import Source, open_source
 from ..variance import KINDS, load_variance, variance_names
 from ..variance_fit import PLAN, fit_variance, schedule_ends, training_levels
 from ..wrap import WithCovariance
 
-__all__ = ["calibration", "fit", "show"]
+__all__ = ["fit", "show"]
 
 
 def fit(
@@ -87,65 +84,6 @@ def examples(opened: Source, data: str, split: str = "train") -> Dataset:
     return replace(whole, images=torch.cat(latents))
 
 
-# ---- calibration
-
-
-def calibration(
-    opened: Source, data: Dataset, names: Sequence[str], lams: Tensor, n: int, seed: int = 0, batch: int = 64
-) -> dict[str, list[dict[str, float]]]:
-    """How variances compare with the squared errors of x0, by name and level.
-
-    Arguments:
-        opened: The model.
-        data: Examples it did not see.
-        names: Variances.
-        lams: Levels (L,).
-        n: Examples at each level.
-        seed: Of the noise.
-        batch: Examples at once.
-
-    Returns:
-        For each level "lam", "ratio" (mean squared error / mean variance), "score" (what the variational bound of a step to
-        the next level pays for this variance: the mean of log u + error / u, u the variance plus that of the step's own noise
-        seen from x0, in the coordinates in which it is diagonal), "error" (mean squared error), "clamped" (share below 0).
-    """
-    device = opened.denoiser.device
-    out: dict[str, list[dict[str, float]]] = {}
-    for name in names:
-        source = load_variance(opened.variances, name, opened.denoiser, cap=1.0)
-        model = WithCovariance(opened.denoiser, source)
-        rows = []
-        for step, lam in enumerate(lams.tolist()):
-            finer = lams[lams > lam]
-            gap = float(finer.min() if len(finer) else lam + 1.0) - lam
-            own = math.exp(-lam - gap) / -math.expm1(-gap)  # w / b^2 of the kernel
-            sums = torch.zeros(4, dtype=torch.float64)
-            if isinstance(source, VarianceSource):
-                source.clear()
-            for index in torch.arange(min(n, len(data))).split(batch):
-                x0, label = data.batch(index)
-                x0 = x0.to(device)
-                noised = noised_by(
-                    opened.denoiser.process, x0, torch.full((len(x0),), lam, dtype=torch.float64), Draws(seed, step, index)
-                )
-                cond = {"label": label.to(device)} if label is not None and opened.classes else {}
-                with torch.no_grad():
-                    p = model(noised.x_t, lam, **cond)
-                residual = x0 - p.mean
-                square = (residual if p.basis is None else p.basis.forward(residual)).square().double()
-                var = p.var.double().to(square).expand_as(square)
-                sums += torch.stack(
-                    [square.sum(), var.sum(), ((var + own).log() + square / (var + own)).sum(), var.new_tensor(var.numel())]
-                ).cpu()
-            error, mean, score = (sums[:3] / sums[3]).tolist()
-            clamped = source.clamped.below if isinstance(source, VarianceSource) else 0.0
-            rows.append(
-                {"lam": lam, "ratio": error / mean if mean else math.inf, "score": score, "error": error, "clamped": clamped}
-            )
-        out[name] = rows
-    return out
-
-
 def show(
     source: str,
     data: str,
@@ -170,18 +108,32 @@ def show(
         raise ValueError(f"no variance was fitted to {source} yet: `quieten variance fit {source} {data}`, or --variance big")
     high, low = schedule_ends(training_levels(opened))
     lams = torch.linspace(low, high, levels, dtype=torch.float64)
-    rows = calibration(opened, examples(opened, data, split), wanted, lams, n, seed)
+    shown = examples(opened, data, split)
+    shown = shown.subset(slice(min(n, len(shown))))
+    rows = {name: _calibrated(opened, name, shown, lams, seed) for name in wanted}
     width = max(map(len, wanted))
     print(f"{'':{width}s}  log-SNR  error/variance    score  clamped")
     for name, lines in rows.items():
         for line in lines:
-            print(f"{name:{width}s} {line['lam']:8.2f} {line['ratio']:15.3f} {line['score']:8.3f} {line['clamped']:8.2%}")
+            d = line.details
+            print(f"{name:{width}s} {d['lam']:8.2f} {line.figure():>15s} {d['score']:8.3f} {d['clamped']:8.2%}")
     out = (opened.variances[0] / "calibration.png") if out is None else out.expanduser()
     _draw(rows, out)
     print(out)
 
 
-def _draw(rows: dict[str, list[dict[str, float]]], out: Path) -> None:
+def _calibrated(opened: Source, name: str, data: Dataset, lams: Tensor, seed: int) -> list[Result]:
+    source = load_variance(opened.variances, name, opened.denoiser, cap=1.0)
+    x0, label = data.batch(torch.arange(len(data)))
+    cond = {"label": label} if label is not None and opened.classes else {}
+    file = next((file for folder in opened.variances if (file := folder / f"{name}.safetensors").is_file()), None)
+    return calibration(
+        WithCovariance(opened.denoiser, source), x0, lams, cond=cond, seed=seed, name=name, reference_name=data.name,
+        digest="" if file is None else hashlib.sha256(file.read_bytes()).hexdigest(), weights=opened.weights,
+    )  # fmt: skip
+
+
+def _draw(rows: dict[str, list[Result]], out: Path) -> None:
     """Two curves over the levels: error / variance, and the score relative to the best at each level."""
     import io
 
@@ -191,11 +143,11 @@ def _draw(rows: dict[str, list[dict[str, float]]], out: Path) -> None:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    best = [min(line["score"] for line in level) for level in zip(*rows.values(), strict=True)]
+    best = [min(line.details["score"] for line in level) for level in zip(*rows.values(), strict=True)]
     for name, lines in rows.items():
-        lam = [line["lam"] for line in lines]
-        left.plot(lam, [line["ratio"] for line in lines], ".-", label=name)
-        right.plot(lam, [line["score"] - b for line, b in zip(lines, best, strict=True)], ".-", label=name)
+        lam = [line.details["lam"] for line in lines]
+        left.errorbar(lam, [line.value for line in lines], [line.uncertainty or 0.0 for line in lines], fmt=".-", label=name)
+        right.plot(lam, [line.details["score"] - b for line, b in zip(lines, best, strict=True)], ".-", label=name)
     left.set(xlabel="log-SNR", ylabel="squared error / variance", yscale="log")
     left.axhline(1.0, color="grey", lw=0.8)
     right.set(xlabel="log-SNR", ylabel="score above the best")

@@ -10,8 +10,11 @@ same arguments give the same digits, and the global generators are left alone. N
 """
 
 from ..features import Extractor, Statistics
+from ..scores import auroc
+from .calibrate import calibration
 from .kernels import energy_distance, kid
 from .manifold import Manifold, prdc
+from .memory import Memorisation, memorisation
 from .moments import frechet, frechet_distance
 from .result import Protocol, Result
 from .transport import sliced_wasserstein
@@ -19,13 +22,17 @@ from .transport import sliced_wasserstein
 __all__ = [
     "Extractor",
     "Manifold",
+    "Memorisation",
     "Protocol",
     "Result",
     "Statistics",
+    "auroc",
+    "calibration",
     "energy_distance",
     "frechet",
     "frechet_distance",
     "kid",
+    "memorisation",
     "prdc",
     "sliced_wasserstein",
 ]
