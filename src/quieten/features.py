@@ -133,7 +133,7 @@ class Extractor:
 
         Arguments:
             name_or_path: "pixels"; "zoo:NAME" of those that come with the library; a file that `quieten features train` wrote;
-                "inception:PATH", see `inception.inception`.
+                "inception:PATH" or "pytorch-fid:PATH", the network of FID with your weights and either's preprocessing.
             sha256: What the file must hash to, or the beginning of it, at least 8 digits; None takes any.
             device: Where to compute.
 
@@ -148,14 +148,14 @@ class Extractor:
             return cls.pixels()
         if kind == "zoo":
             return cls.zoo(rest)
-        if kind == "inception":
+        if kind in ("inception", "pytorch-fid"):
             from .inception import inception
 
-            return inception(rest, sha256, device)
+            return inception(rest, sha256, device, kind)
         path = Path(name_or_path).expanduser()
         if not path.is_file():
-            raise ValueError(f"no extractor {str(name_or_path)!r}: pixels, zoo:NAME, inception:PATH, or a file that `quieten "
-                             "features train` wrote")  # fmt: skip
+            known = "pixels, zoo:NAME, inception:PATH, pytorch-fid:PATH, or a file of `quieten features train`"
+            raise ValueError(f"no extractor {str(name_or_path)!r}: {known}")
         checked(path, sha256)
         metadata = read_tensors(path, "write it with `quieten features train`")[1]
         if "options" not in metadata or "step" in metadata:

@@ -64,7 +64,7 @@ def train(
 def stats(
     data: Annotated[str, typer.Argument(help="A data set's name, a folder of images, or an .npz with `arr_0`.")],
     extractor: Annotated[
-        str, typer.Option(help="pixels, zoo:NAME, a file of `quieten features train`, or inception:FILE with your weights.")
+        str, typer.Option(help="pixels, zoo:NAME, a file of `quieten features train`, inception:FILE or pytorch-fid:FILE.")
     ],
     out: Annotated[Path | None, typer.Option(help="File to write. Default: NAME-SPLIT-HASH.npz.")] = None,
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
