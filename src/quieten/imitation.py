@@ -12,20 +12,22 @@ References:
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .critics import column, evaluating, explained, follow, follower, frozen, largest, mean, spread
 from .gaussian import Gaussian
 from .noise import INITIAL, Draws
-from .policy import FLOOR, Policy, Rollout
+from .pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded
+from .policy import Policy, Rollout
 from .running_cost import Auxiliary, time_costs
+from .tuned import FLOOR
 from .tuning import Settings, optimizers
+from .value_guide import kicked
 
 __all__ = ["MaxEntIRL", "Settings"]
 
@@ -80,9 +82,9 @@ class MaxEntIRL(nn.Module):
         self.auxiliary = Auxiliary(policy, settings.cost, s2, settings.reduction)
         self.time_costs = time_costs(policy.T, settings.time_cost, settings.time_cost_scale, settings.compat)
         self.optimizers = optimizers(settings, policy, value, None if self.fixed else energy)
-        self.target = _copy(value) if settings.target_decay is not None else None
-        self.policy_average = _copy(policy) if settings.ema is not None else None
-        self.value_average = _copy(value) if settings.ema is not None else None
+        self.target = follower(value) if settings.target_decay is not None else None
+        self.policy_average = follower(policy) if settings.ema is not None else None
+        self.value_average = follower(value) if settings.ema is not None else None
         self._bad: dict[str, Tensor] = {}
 
     @property
@@ -92,8 +94,8 @@ class MaxEntIRL(nn.Module):
     def energy_of(self, x: Tensor, **cond: Any) -> Tensor:
         """E(x) of samples or data, (B,)."""
         if self.energy is None:
-            return _column(self.value(x, self.policy.T, **cond), x, "value")
-        return _column(self.energy(x, None, **cond), x, "energy")
+            return column(self.value(x, self.policy.T, **cond), x, "value")
+        return column(self.energy(x, None, **cond), x, "energy")
 
     # -- an iteration
 
@@ -115,10 +117,10 @@ class MaxEntIRL(nn.Module):
             ValueError: For data or conditions that do not fit; and, on a CPU, as soon as an energy, a target, a value or a
                 gradient is not finite. On other devices such a step is skipped, and `check` raises when it is asked.
         """
-        cond = _conditions(cond, len(x0))
+        cond = checked(cond, len(x0))
         if self.policy.shape is not None and tuple(x0.shape[1:]) != self.policy.shape:
             raise ValueError(f"`x0` must have shape (B, {', '.join(map(str, self.policy.shape))}) (got {tuple(x0.shape)})")
-        draws = _global(len(x0)) if draws is None else draws
+        draws = unseeded(len(x0)) if draws is None else draws
         rollouts, told = [], {}
         for turn in range(self.settings.n_critic):
             rollout, facts = self.critic(x0, cond, draws, average, turn)
@@ -138,7 +140,14 @@ class MaxEntIRL(nn.Module):
         turn: int = 0,
     ) -> tuple[Rollout, dict[str, Tensor]]:
         """A rollout, and what `learn` makes of it (steps 1 to 4)."""
-        roll = self.policy.rollout(self._first(x0, draws, turn), _keyed(draws, f"rollout {turn}"), cond)
+        scale = self.settings.explore * float(shared_uniforms(draws, f"explore {turn}", 1)) if self.settings.explore else 0.0
+        rhos = self.policy.rhos
+
+        def downhill(x: Tensor, k: int) -> Tensor:
+            return kicked(self.value, x, k + 1, rhos[k], scale, cond)
+
+        first, noise = self._first(x0, draws, turn), keyed(draws, f"rollout {turn}")
+        roll = self.policy.rollout(first, noise, cond, then=downhill if scale else None)
         return roll, self.learn(x0, roll, draws, average, turn)
 
     def learn(
@@ -160,7 +169,7 @@ class MaxEntIRL(nn.Module):
         told = self._energy_step(x0, roll, average)
         told.update(self._value_steps(roll, draws, average, turn))
         told["s2"], told["rho"] = self.auxiliary.s2.clone(), self.policy.rhos.clone()
-        told["spread"], told["spread_data"] = _spread(roll.final), _spread(x0)
+        told["spread"], told["spread_data"] = spread(roll.final), spread(x0)
         return told
 
     def improve(self, rollouts: Sequence[Rollout], draws: Draws, average: Average | None = None) -> dict[str, Tensor]:
@@ -169,27 +178,24 @@ class MaxEntIRL(nn.Module):
         Returns:
             policy_loss, policy_norm (of the gradient) and clipped (share of the steps whose gradient was clipped), each ().
         """
-        size, T = len(rollouts[0].final), self.policy.T
-        count = T * len(rollouts) if self.settings.n_generator == "all" else int(self.settings.n_generator)
-        if count > T * len(rollouts):
-            raise ValueError(
-                f"`n_generator` must be at most T x n_critic = {T * len(rollouts)} (got {count}): 'all' is that many"
-            )
-        order = torch.cat([draws.uniform(f"pairs {i}") for i in range(T * len(rollouts))]).argsort()
-        losses, norms, clipped = [], [], []
-        with _frozen(self.value, *(() if self.energy is None else (self.energy,))):
+        size, T = rollouts[0].moves.shape[1], self.policy.T
+        turns = T * len(rollouts)
+        count = turns if self.settings.n_generator == "all" else int(self.settings.n_generator)
+        if count > turns:
+            raise ValueError(f"`n_generator` must be at most T x n_critic = {turns} (got {count}): 'all' is that many")
+        order, clip = shuffled(draws, turns, "pairs"), self.settings.policy_clip
+        losses, norms = [], []
+        with frozen(self.value, self.energy):
             for j in range(count):
-                rows = order[j * size : (j + 1) * size].sort().values  # sorted by step: the last ones can be cut off
-                loss = self._policy_loss(*_gathered(rollouts, rows, T), draws, j)
-                norm = self._descend("policy", loss, self.settings.policy_clip, average)
+                pairs = gathered(rollouts, order[j * size : (j + 1) * size], T)
+                loss = self._policy_loss(pairs, draws, j)
+                norms.append(self._descend("policy", loss, clip, average))
                 losses.append(loss.detach())
-                norms.append(norm)
-                clipped.append(norm > (self.settings.policy_clip or math.inf))
-        stacked = torch.stack(clipped).to(losses[0])
+        norm = torch.stack(norms)
         return {
             "policy_loss": torch.stack(losses).mean(),
-            "policy_norm": torch.stack(norms).mean(),
-            "clipped": stacked.mean(),
+            "policy_norm": norm.mean(),
+            "clipped": (norm > (math.inf if clip is None else clip)).to(norm).mean(),
         }
 
     def check(self) -> None:
@@ -203,7 +209,7 @@ class MaxEntIRL(nn.Module):
 
     def _first(self, x0: Tensor, draws: Draws, turn: int) -> Tensor:
         """The initial states of the trajectories, as many as there are data."""
-        return self.policy.prior(_keyed(draws, f"rollout {turn}")(INITIAL, x0))
+        return self.policy.prior(keyed(draws, f"rollout {turn}")(INITIAL, x0))
 
     def _energy_step(self, x0: Tensor, roll: Rollout, average: Average | None) -> dict[str, Tensor]:
         """min E_data[E] - E_policy[E] + gamma (E_data[E^2] + E_policy[E^2]), in one pass over both."""
@@ -211,20 +217,20 @@ class MaxEntIRL(nn.Module):
             with torch.no_grad():
                 e = self.energy_of(roll.final, **roll.cond)
             self._look(e, "the energy of the samples")
-            return {"e_policy": _mean(e), "energy_range": _largest(e)}
+            return {"e_policy": mean(e), "energy_range": largest(e)}
         s, n = self.settings, len(x0)
         net = self.value if self.energy is None else self.energy
         net.train()
         e = self.energy_of(torch.cat([x0, roll.final.to(x0)]), **{key: torch.cat([c, c]) for key, c in roll.cond.items()})
         data, drawn = e[:n], e[n:]
-        loss = _mean(data) - _mean(drawn)
+        loss = mean(data) - mean(drawn)
         gamma = s.gamma
         if gamma:
-            loss = loss + gamma * (_mean(data.square()) + _mean(drawn.square()))
+            loss = loss + gamma * (mean(data.square()) + mean(drawn.square()))
         self._look(e, "the energy")
         self._descend("value" if self.energy is None else "energy", loss, s.energy_clip, average)
         with torch.no_grad():
-            told = {"energy_loss": loss.detach(), "e_data": _mean(data), "e_policy": _mean(drawn), "energy_range": _largest(e)}
+            told = {"energy_loss": loss.detach(), "e_data": mean(data), "e_policy": mean(drawn), "energy_range": largest(e)}
             told["gap"] = told["e_data"] - told["e_policy"]
             told["le_cam"] = -2.0 * gamma * told["energy_loss"]
         return {name: t.detach() for name, t in told.items()}
@@ -238,14 +244,14 @@ class MaxEntIRL(nn.Module):
         for sweep in range(s.repeat_value_update):
             ks = list(range(last, -1, -1))
             if s.value_update_order == "random":
-                ks = [ks[i] for i in _keys(draws, f"order {turn} {sweep}", len(ks)).argsort().tolist()]
+                ks = [ks[i] for i in shared_uniforms(draws, f"order {turn} {sweep}", len(ks)).argsort().tolist()]
             for k in ks:
-                facts = self._value_step(roll, k, _keyed(draws, f"value {turn} {sweep}"), average)
+                facts = self._value_step(roll, k, keyed(draws, f"value {turn} {sweep}"), average)
                 if k < T:
                     for name, fact in facts.items():
                         told[name][k] = fact
         dims = max(1, roll.final[:1].numel()) if s.reduction == "sum" else 1
-        told["running_cost"] = torch.stack([_mean(self.auxiliary.of(roll, k)) / dims for k in range(T)])
+        told["running_cost"] = torch.stack([mean(self.auxiliary.of(roll, k)) / dims for k in range(T)])
         return told
 
     def _value_step(self, roll: Rollout, k: int, noise: Any, average: Average | None) -> dict[str, Tensor]:
@@ -253,17 +259,10 @@ class MaxEntIRL(nn.Module):
         target = self._target_of(roll, k, noise)
         self._look(target, f"the target of the value at step {k}")
         self.value.train()
-        v = _column(self.value(x, k, **roll.cond), x, "value")
-        loss = _mean((v - target).square())
+        v = column(self.value(x, k, **roll.cond), x, "value")
+        loss = mean((v - target).square())
         self._descend("value", loss, self.settings.value_clip, average, f" at step {k}")
-        with torch.no_grad():
-            left = (target - v).var(unbiased=False) if len(v) else loss
-            whole = target.var(unbiased=False) if len(v) else loss
-            return {
-                "value": _mean(v.detach()),
-                "value_loss": loss.detach(),
-                "explained": 1.0 - left / whole.clamp_min(torch.finfo(whole.dtype).tiny),
-            }
+        return {"value": mean(v.detach()), "value_loss": loss.detach(), "explained": explained(target, v)}
 
     @torch.no_grad()
     def _target_of(self, roll: Rollout, k: int, noise: Any) -> Tensor:
@@ -271,47 +270,52 @@ class MaxEntIRL(nn.Module):
         s, T = self.settings, self.policy.T
         if k == T:
             return self.energy_of(roll.final, **roll.cond)
-        x, x_next, p = roll.states[k], roll.states[k + 1], None
-        if s.value_resample or (self._costs_at(k) and self._needs_kernel):
-            p = self._kernel(x, k, roll.cond)
-        if s.value_resample:
-            assert p is not None
+        x, x_next = roll.states[k], roll.states[k + 1]
+        resampled, counted = s.value_resample, self._costs_at(k)
+        p = self._kernel(x, k, roll.cond) if resampled or (counted and self._needs_kernel) else Gaussian(x)
+        if resampled:
             x_next = p.sample(noise(k, x))
-        g = self._next_value(x_next, k + 1, roll.cond, frozen=True) + self.time_costs[k]
-        if not self._costs_at(k):
+        g = self._next_value(x_next, k + 1, roll.cond, as_target=True) + self.time_costs[k]
+        if not counted:
             return g
+        tau1, tau2 = s.tau1_at(self.iterations), s.tau2_at(self.iterations)
         if self.reference is not None:
-            assert p is not None
-            return g + s.tau1_at(self.iterations) * self._divergence(x, k, p, roll.cond)
+            return g + tau1 * self._divergence(x, k, p, roll.cond)
         if s.velocity_in_value is not None and k < T - s.velocity_in_value:
             if s.analytic_cost:
-                assert p is not None
                 cost = self.auxiliary.expected(k, x, p)
             else:
-                cost = self.auxiliary.cost(k, x, x_next) if s.value_resample else self.auxiliary.of(roll, k)
-            g = g + s.tau2_at(self.iterations) * cost
+                cost = self.auxiliary.cost(k, x, x_next) if resampled else self.auxiliary.of(roll, k)
+            g = g + tau2 * cost
         if s.entropy_in_value is not None and k < T - s.entropy_in_value:
-            g = g - s.tau1_at(self.iterations) * self._entropy(k, x, x_next, p)
+            g = g - tau1 * self._entropy(k, x, x_next, p)
         return g
 
-    def _policy_loss(self, x: Tensor, k: Tensor, cond: Mapping[str, Any], draws: Draws, turn: int) -> Tensor:
-        """mean V(x', k + 1) + costs of the step, x' = m_k(x) + rho_k eps drawn with a graph. k (B,) is on the CPU, rising."""
-        s, steps = self.settings, k.to(x.device)
+    def _policy_loss(self, pairs: Pairs, draws: Draws, turn: int) -> Tensor:
+        """The mean of V(x', k + 1) and what the step costs, for x' = m_k(x_k) + rho_k eps drawn with a graph."""
+        x, k, cond = pairs.x, pairs.k.to(pairs.x.device), pairs.cond
         self.policy.train()
-        p = self.policy.step(x, steps, **cond)
+        p = self.policy.step(x, k, **cond)
         x_next = p.sample(draws.normal(x, f"policy {turn}"))
-        v = self._next_value(x_next, steps + 1, cond, last=int((k == self.policy.T - 1).sum()))
-        taus = s.tau1_at(self.iterations), s.tau2_at(self.iterations)
-        if taus == (0.0, 0.0):
-            return _mean(v)
+        final = int((pairs.k == self.policy.T - 1).sum())
+        v = self._next_value(x_next, k + 1, cond, final=final)
+        costs = self._step_costs(x, k, p, x_next, cond)
+        if costs is None:
+            return mean(v)
+        if self.settings.skip_sampler_tau:
+            costs = costs * (k < self.policy.T - self.settings.skip_sampler_tau)
+        return mean(v + costs)
+
+    def _step_costs(self, x: Tensor, k: int | Tensor, p: Gaussian, x_next: Tensor, cond: Mapping[str, Any]) -> Tensor | None:
+        """What a step of the policy costs, with a graph: (B,), or () where it is the same for all; None for nothing."""
+        s = self.settings
+        tau1, tau2 = s.tau1_at(self.iterations), s.tau2_at(self.iterations)
+        if tau1 == tau2 == 0.0:
+            return None
         if self.reference is not None:
-            costs = taus[0] * self._divergence(x, steps, p, cond)
-        else:
-            moved = self.auxiliary.expected(steps, x, p) if s.analytic_cost else self.auxiliary.cost(steps, x, x_next)
-            costs = taus[1] * moved - taus[0] * self._entropy(steps, x, x_next, p)
-        if s.skip_sampler_tau:
-            costs = costs * (steps < self.policy.T - s.skip_sampler_tau)
-        return _mean(v + costs)
+            return tau1 * self._divergence(x, k, p, cond)
+        moved = self.auxiliary.expected(k, x, p) if s.analytic_cost else self.auxiliary.cost(k, x, x_next)
+        return tau2 * moved - tau1 * self._entropy(k, x, x_next, p)
 
     # -- what they are made of
 
@@ -332,39 +336,39 @@ class MaxEntIRL(nn.Module):
     def _kernel(self, x: Tensor, k: int | Tensor, cond: Mapping[str, Any], policy: Policy | None = None) -> Gaussian:
         """A step in evaluation mode."""
         policy = self.policy if policy is None else policy
-        with _evaluating(policy):
+        with evaluating(policy):
             return policy.step(x, k, **cond)
 
-    def _next_value(self, x: Tensor, k: int | Tensor, cond: Mapping[str, Any], frozen: bool = False, last: int = 0) -> Tensor:
-        """V(x, k), and E(x) at k = T where that is another network; with tensors, `last` rows at the end are those."""
-        net = self.target if frozen and self.target is not None else self.value
+    def _next_value(
+        self, x: Tensor, k: int | Tensor, cond: Mapping[str, Any], as_target: bool = False, final: int = 0
+    ) -> Tensor:
+        """V(x, k), and E(x) at k = T where that is another network; with tensors, `final` rows at the end are at T."""
+        net = self.target if as_target and self.target is not None else self.value
         net.eval()
         if self.energy is None or self.fits_terminal:
-            return _column(net(x, k, **cond), x, "value")
+            return column(net(x, k, **cond), x, "value")
         self.energy.eval()
         if isinstance(k, int):
             if k == self.policy.T:
                 return self.energy_of(x, **cond)
-            return _column(net(x, k, **cond), x, "value")
-        n = len(x) - last
+            return column(net(x, k, **cond), x, "value")
+        n = len(x) - final
         head, tail = ({name: c[rows] for name, c in cond.items()} for rows in (slice(0, n), slice(n, None)))
-        before = _column(net(x[:n], k[:n], **head), x[:n], "value") if n else x.new_zeros(0)
-        after = self.energy_of(x[n:], **tail) if last else x.new_zeros(0)
+        before = column(net(x[:n], k[:n], **head), x[:n], "value") if n else x.new_zeros(0)
+        after = self.energy_of(x[n:], **tail) if final else x.new_zeros(0)
         return torch.cat([before, after.to(before)])
 
-    def _entropy(self, k: int | Tensor, x: Tensor, x_next: Tensor, p: Gaussian | None) -> Tensor:
+    def _entropy(self, k: int | Tensor, x: Tensor, x_next: Tensor, p: Gaussian) -> Tensor:
         """What tau1 multiplies: log rho_k, that and its constant, or -log pi_k of the drawn state; () or (B,)."""
         s, dims = self.settings, max(1, x[:1].numel())
         unit = float(dims) if s.reduction == "sum" else 1.0
         if s.entropy == "sampled":
-            assert p is not None
             return -p.log_prob(x_next) * (unit / dims)
-        logs = self.policy.log_rho(k, Gaussian(x) if p is None else p).to(x)
+        logs = self.policy.log_rho(k, p).to(x)
         return unit * (logs + 0.5 * math.log(2.0 * math.pi * math.e) if s.entropy == "exact" else logs)
 
     def _divergence(self, x: Tensor, k: int | Tensor, p: Gaussian, cond: Mapping[str, Any]) -> Tensor:
         """KL(pi_k || ref_k): (B,)."""
-        assert self.reference is not None
         with torch.no_grad():
             ref = self._kernel(x, k, cond, self.reference)
         dims = max(1, x[:1].numel()) if self.settings.reduction == "mean" else 1
@@ -396,18 +400,14 @@ class MaxEntIRL(nn.Module):
         elif not bool(good):
             raise ValueError(f"{what} is not finite (iteration {self.iterations}): lower the learning rates, or gamma and tau")
 
-    @torch.no_grad()
     def _follow(self) -> None:
         """Averages and the target network, after an iteration."""
         s = self.settings
         if self.target is not None and s.target_decay is not None:
-            _towards(self.target, self.value, 1.0 - s.target_decay)
+            follow(self.target, self.value, s.target_decay)
         if self.policy_average is not None and self.value_average is not None and s.ema is not None:
-            _towards(self.policy_average, self.policy, 1.0 - s.ema)
-            _towards(self.value_average, self.value, 1.0 - s.ema)
-
-
-# ---- small things
+            follow(self.policy_average, self.policy, s.ema)
+            follow(self.value_average, self.value, s.ema)
 
 
 def _check_parts(
@@ -431,109 +431,3 @@ def _check_parts(
     if entropy and len(rhos) and float(rhos.min()) < FLOOR:
         raise ValueError(f"`std` of a trained step is {float(rhos.min()):.2g}, below the floor {FLOOR:g} where entropy has no "
                          "gradient: start with more noise, keep that step (trained='fix_last'), or set tau1 = 0")  # fmt: skip
-
-
-def _conditions(cond: Mapping[str, Tensor] | None, n: int) -> dict[str, Tensor]:
-    for name, value in (cond or {}).items():
-        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != n:
-            rows = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"condition `{name}` must have a first axis of {n}, one row for each example (got {rows})")
-    return dict(cond or {})
-
-
-def _gathered(rollouts: Sequence[Rollout], rows: Tensor, T: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """States (B, *), their steps (B,) on the CPU, and their conditions, of pairs (rollout, step, row) counted in that order."""
-    size = max(1, len(rollouts[0].final))
-    per = T * size
-    steps = rows % per // size
-    rising = steps.argsort(stable=True)  # with several rollouts, sorting the pairs has not sorted the steps
-    rows, steps = rows[rising], steps[rising]
-    device = rollouts[0].states.device
-    if len(rollouts) == 1:
-        there = rows.to(device)
-        x = rollouts[0].states.flatten(0, 1)[there]
-        return x, steps, {name: c[there % size] for name, c in rollouts[0].cond.items()}
-    x = rollouts[0].states.new_empty(len(rows), *rollouts[0].states.shape[2:])
-    cond = {name: c.new_empty(len(rows), *c.shape[1:]) for name, c in rollouts[0].cond.items()}
-    for i, roll in enumerate(rollouts):
-        mine = (rows // per == i).nonzero().flatten()
-        here, there = mine.to(device), (rows[mine] % per).to(device)
-        x[here] = roll.states.flatten(0, 1)[there]
-        for name, c in roll.cond.items():
-            cond[name][here.to(c.device)] = c[(there % size).to(c.device)]
-    return x, steps, cond
-
-
-def _column(out: Any, x: Tensor, name: str) -> Tensor:
-    """What a value or energy returned, as (B,)."""
-    if isinstance(out, Tensor) and out.shape == (len(x), 1):
-        out = out.squeeze(1)
-    if not isinstance(out, Tensor) or out.shape != (len(x),):
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(
-            f"`{name}` must return one number for each of the {len(x)} states, ({len(x)},) or ({len(x)}, 1) (got {got})"
-        )
-    return out
-
-
-def _mean(x: Tensor) -> Tensor:
-    """The mean, and 0 of nothing."""
-    return x.sum() / max(1, x.numel())
-
-
-def _largest(x: Tensor) -> Tensor:
-    return x.detach().abs().max() if x.numel() else x.new_zeros(())
-
-
-def _spread(x: Tensor) -> Tensor:
-    """Standard deviation over the batch, mean over dimensions."""
-    return x.std(0, unbiased=False).mean() if x.numel() else x.new_zeros(())
-
-
-def _keyed(draws: Draws, tag: str) -> Callable[[int, Tensor], Tensor]:
-    return lambda step, like: draws.normal(like, f"{tag} {step}")
-
-
-def _keys(draws: Draws, tag: str, n: int) -> Tensor:
-    """n uniforms that all processes share."""
-    from .noise import Noise
-
-    return Noise(draws.noise.seed, range(n)).uniform(draws.step, tag)
-
-
-def _global(n: int) -> Draws:
-    """Randomness from torch's generator."""
-    return Draws(int(torch.randint(2**62, ())), 0, range(n))
-
-
-@contextlib.contextmanager
-def _frozen(*modules: nn.Module) -> Iterator[None]:
-    """Without gradients of these modules' own parameters: a pass through them then costs a third less."""
-    wanted = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for p in wanted:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was)
-
-
-def _copy(module: Any) -> Any:
-    return deepcopy(module).eval().requires_grad_(False)
-
-
-def _towards(average: nn.Module, latest: nn.Module, weight: float) -> None:
-    ours = [t for t in average.state_dict().values() if t.is_floating_point()]
-    theirs = [t for t in latest.state_dict().values() if t.is_floating_point()]
-    torch._foreach_lerp_(ours, theirs, weight)

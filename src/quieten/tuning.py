@@ -45,6 +45,7 @@ class Settings:
         repeat_value_update: Sweeps in an iteration.
         n_critic: Rollouts, energy steps and value sweeps for each step of the policy; it draws states from all of them.
         n_generator: Policy steps in an iteration, each on as many states as there are data; "all" is every state once.
+        explore: Rollouts move down the value by as much as this times rho_k, an amount drawn for each iteration; 0 not.
         skip_sampler_tau: Steps at the end whose entropy and running cost the policy does not count.
         policy_clip: Largest norm of the policy's gradient; None for any. Likewise `value_clip`, `energy_clip`.
         value_clip: Of the value's steps, not of the energy's.
@@ -84,6 +85,7 @@ class Settings:
     repeat_value_update: int = 1
     n_critic: int = 1
     n_generator: int | Literal["all"] = 1
+    explore: float = 0.0
     skip_sampler_tau: int = 0
     policy_clip: float | None = 0.1
     value_clip: float | None = None
@@ -102,7 +104,7 @@ class Settings:
     compat: Literal["official"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tau1", "tau2", "gamma", "time_cost_scale", "lr_policy", "lr_std", "lr_value", "lr_energy"):
+        for name in ("tau1", "tau2", "gamma", "time_cost_scale", "lr_policy", "lr_std", "lr_value", "lr_energy", "explore"):
             self._need(name, lambda v: v >= 0 and math.isfinite(v), "not be negative")
         for name in ("avr", "ema", "target_decay"):
             self._need(name, lambda v: 0 <= v < 1, "lie in [0, 1)")
