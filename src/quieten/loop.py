@@ -128,7 +128,10 @@ class Session(ABC):
         """Something to look at; called every `preview_every` images and at the end."""
 
     def finished(self) -> str | None:
-        """Why training is over before all images were shown; None while it goes on."""
+        """Why training is over before all images were shown; None while it goes on.
+
+        Asked when training begins, where all processes must agree; later its reason reaches them through `advance`.
+        """
         return None
 
     # -- the loop
@@ -156,7 +159,8 @@ class Session(ABC):
         ):
             started = self.read_at = saved_at = time.monotonic()
             self.read_step = saved = self.step
-            while self.step < self.steps and self.finished() is None:
+            over = self.finished() is not None
+            while self.step < self.steps and not over:
                 torch.manual_seed(_key(self.plan.seed, self.step, self.accelerator.process_index))  # dropout
                 self.advance(batches.at(self.step), self.stop.is_set())
                 now = time.monotonic()

@@ -162,13 +162,13 @@ def check_finite(r: Reading) -> Check | None:
 
 
 def check_cost(r: Reading) -> Check | None:
-    """Where s^2 follows the moves, each step costs 1/2: anything else says that the policy moves faster than s^2 follows."""
+    """Where s^2 follows the moves, each step costs 1/2: anything else says that s^2 cannot follow."""
     if r.cost is None or not r.adaptive:
         return None
     k, value = _worst(r.cost, lambda cost: abs(math.log(max(cost, 1e-9) / 0.5)))
     status: Status = "pass" if 0.35 <= value <= 0.7 else "warn" if 0.1 <= value <= 2.5 else "fail"
     text = f"the running cost of step {k} is {value:.2f}, at rest it is 0.5"
-    remedy = "" if status == "pass" else ": the policy changes faster than s2 follows, lower lr or avr"
+    remedy = "" if status == "pass" else ": the policy changes faster than s2 follows, lower lr, or avr"
     return Check("running cost", status, value, text + remedy)
 
 
@@ -189,13 +189,12 @@ def check_explained(r: Reading) -> Check | None:
         return None
     last = r.explained[-1]
     k, least = _worst(r.explained, lambda share: -share)
-    if last < -1.0 or least < -3.0:
-        k, value = (len(r.explained) - 1, last) if last < -1.0 else (k, least)
-        text = f"the value of step {k} explains {value:.0%} of its target, worse than a constant: lower the value's lr"
-        return Check("explained variance", "fail", value, text)
     if last < 0.1:
         text = f"the value explains {last:.0%} of the energy after the last step: raise the value's lr, or lower the policy's"
-        return Check("explained variance", "warn", last, text)
+        return Check("explained variance", "fail" if last < -1.0 else "warn", last, text)
+    if least < -1.0:
+        text = f"the value of step {k} explains {least:.0%} of its target, worse than a constant: lower the value's lr"
+        return Check("explained variance", "warn", least, text)
     return Check("explained variance", "pass", last, f"the value explains {last:.0%} of the energy after the last step")
 
 

@@ -1,0 +1,104 @@
+"""`quieten tune`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ..source import open_source
+from ..tune import PLAN
+from ..tune import tune as run
+from ..tune_start import Start, start_of
+from ..yardstick import held_out
+from .variance import examples
+
+__all__ = ["tune"]
+
+TRAINING = ("images", "batch", "lr")
+SETTINGS = {
+    "tau1": "tau1",
+    "tau2": "tau2",
+    "gamma": "gamma",
+    "time_cost": "time_cost",
+    "n_generator": "n_generator",
+    "n_critic": "n_critic",
+    "reduction": "reduction",
+    "std_lr": "lr_std",
+    "value_lr": "lr_value",
+}
+"""Options of the command -> fields of `tuning.Settings`."""
+
+
+def tune(
+    source: str,
+    data: str,
+    *,
+    name: str | None = None,
+    out: Any = None,
+    distance: str = "auto",
+    n: int = 2000,
+    every: int | None = None,
+    seed: int = 0,
+    weights: str = "ema",
+    device: str | None = None,
+    changes: Sequence[str] = (),
+    **options: Any,
+) -> bool:
+    """Tunes a policy and keeps it; the arguments are the command's options. Returns whether it came to its end.
+
+    Raises:
+        ValueError: For options that make no sense, or data that do not fit.
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    if "steps" in given:
+        given["T"] = given.pop("steps")
+    settings = {SETTINGS[option]: given.pop(option) for option in list(given) if option in SETTINGS}
+    _tidy(settings)
+    settings |= _changes(changes)
+    Start(**{key: value for key, value in given.items() if key not in TRAINING}, settings=settings)  # refuses at once
+    opened = open_source(source, weights, device)
+    wanted = dict(opened.tuning)
+    if given.get("method") not in (None, wanted.get("kind")) or given.get("T") not in (None, wanted.get("T")):
+        wanted = {}  # what the recipe says is for another method, or another number of steps
+    method = given.pop("method", wanted.pop("kind", "dxmi"))
+    wanted = {key: value for key, value in wanted.items() if value is not None and key not in ("kind", "trunk")}
+    wanted["settings"] = {**wanted.get("settings", {}), **settings}
+    wanted |= given
+    training: dict[str, Any] = {key: wanted.pop(key) for key in TRAINING if key in wanted}
+    training |= {"seed": seed} | ({} if every is None else {"preview_every": every})
+    plan = type(PLAN)(**{**PLAN.model_dump(), **training})
+    kept, held = held_out(examples(opened, data), data)
+    tuned = run(
+        opened, kept, held, name=name, out=out, start=start_of(method, wanted), train=plan, distance=distance, n=n
+    )  # fmt: skip
+    print(tuned.message)
+    if tuned.file is not None:
+        print(f"quieten sample {source} --policy {tuned.file.stem}")
+    return tuned.summary.done
+
+
+def _tidy(settings: dict[str, Any]) -> None:
+    """Options of the command line as `Settings` has them."""
+    if settings.get("time_cost") == "none":
+        settings["time_cost"] = None
+    count = settings.get("n_generator")
+    if isinstance(count, str) and count != "all":
+        if not count.isdigit():
+            raise ValueError(f"`--n-generator {count}` must be a whole number, or all")
+        settings["n_generator"] = int(count)
+
+
+def _changes(changes: Sequence[str]) -> dict[str, Any]:
+    """What `--set NAME=VALUE` says of the settings; the values are YAML."""
+    out = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"`--set {change}` needs NAME=VALUE, such as value_resample=true")
+        try:
+            out[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"`--set {change}`: the value is not YAML; quote it") from None
+    return out
