@@ -67,8 +67,12 @@ def _picked(tables: Sequence[Tensor], which: Tensor, row: Tensor, k: Tensor) -> 
 
 
 def shuffled(draws: Draws, groups: int, tag: str) -> Tensor:
-    """All of groups x B numbers in random order, on the CPU, keyed by the examples of this process."""
-    return torch.cat([draws.uniform(f"{tag} {i}") for i in range(groups)]).argsort()
+    """All of groups x B numbers, on the CPU: each stretch of B has every row once, of a random group.
+
+    What a row does depends on that row alone, so that processes together draw what one would.
+    """
+    chosen = torch.stack([draws.uniform(f"{tag} {i}") for i in range(groups)]).argsort(0)
+    return (chosen * len(draws) + torch.arange(len(draws))).flatten()
 
 
 def keyed(draws: Draws, tag: str) -> Callable[[int, Tensor], Tensor]:
