@@ -130,9 +130,10 @@ def spread(x: Tensor) -> Spread:
     rows = x.detach().flatten(1)
     wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
     variance = wide.var(0).mean()
-    # the distances of pairs (i, N - 1 - i) after a rotation by i: enough pairs, and none with itself
-    half = len(wide) // 2
-    pairs = (wide[:half] - wide[half : 2 * half]).square().mean(1).sqrt().mean()
+    # a random pairing, the same for every N: examples that stand at equal distances may be of one class
+    order = torch.randperm(len(wide), generator=torch.Generator().manual_seed(0)).to(wide.device)
+    first, second = order[: len(wide) // 2 * 2].chunk(2)
+    pairs = (wide[first] - wide[second]).square().mean(1).sqrt().mean()
     std, distance = torch.stack([variance.sqrt(), pairs]).tolist()
     return Spread(std, distance)
 
@@ -207,9 +208,7 @@ def check_gap(r: Reading) -> Check | None:
     if gap >= -0.02 * _bound(r):
         return Check("energy gap", "pass", gap, text)
     status: Status = "fail" if gap < -0.5 * _bound(r) else "warn"
-    return Check(
-        "energy gap", status, gap, f"{text}, the policy has outrun the energy: raise the energy's lr, or lower the policy's"
-    )
+    return Check("energy gap", status, gap, f"{text}, the policy outruns it: raise the energy's lr, or lower the policy's")
 
 
 def check_le_cam(r: Reading) -> Check | None:
