@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import Type
 from helpers import refuses, within
 from quieten.bound import VariationalBound
 from quieten.config import build_denoiser, load_recipe, recipe_names, resolve, with_overrides
@@ -77,17 +78,28 @@ def test_what_is_learned_beside_the_denoiser_comes_back(schedule: str, bound: st
             assert bool((companions.excess > 0).any())
 
 
-def test_split_models_sample_their_flow(tmp_path: Path) -> None:
-    run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule=linear",
-                  "encoder={kind: compact, width: 8, counterterm: split}", "train.images=32")  # fmt: skip
-    fit(run, data=toy_data())
-    assert "mean" in run.metrics()[-1]
-    opened = open_source(str(run.path))
-    from quieten.encoder import EncodedFlow
-
-    for transition in (Ancestral(), EncodedFlow()):
-        grid = opened.grid(4, "uniform")
-        assert bool(generate(opened.denoiser, 2, grid=grid, transition=transition, cond={"label": 0}).isfinite().all())
+def test_flows_of_encoded_models_have_a_name(typed: Type, tmp_path: Path) -> None:
+    """Mean and rate apart, or nothing learned: the ODE and DDIM exist. With a learned encoder alone, neither does."""
+    for kind, refused in (("{kind: compact, width: 8, counterterm: split}", False), ("contraction", False), ("compact", True)):
+        run = toy_run(tmp_path / kind[:9], "objective.kind=bound", "objective.schedule=linear", f"encoder={kind}",
+                      "train.images=16")  # fmt: skip
+        fit(run, data=toy_data())
+        assert ("mean" in run.metrics()[-1]) == ("split" in kind)
+        files = ("--npz", tmp_path / "a.npz", "-n", 2)
+        for name in ("ancestral", "ddim", "encoded-flow"):
+            ran = typed("sample", run.path, *files, "--steps", 4, "--grid", "uniform", "--transition", name)
+            assert ran.code == (2 if refused and name != "ancestral" else 0), ran.err
+            if ran.code:
+                assert "split" in ran.err
+                assert "Ancestral()" in ran.err
+        ran = typed("sample", run.path, *files, "--steps", 4, "--transition", "heun")
+        assert ran.code == 2
+        assert "encoder" in ran.err
+    plain = toy_run(tmp_path / "plain", "train.images=16")
+    fit(plain, data=toy_data())
+    ran = typed("sample", plain.path, *files, "--transition", "encoded-flow")
+    assert ran.code == 2
+    assert "EncodedFlow needs" in ran.err.splitlines()[-1]
 
 
 def test_sections_that_do_not_belong_together() -> None:

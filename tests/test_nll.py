@@ -41,7 +41,8 @@ SMALL = ("--steps", 4, "-n", 20, "--fit", 8, "--batch", 8)
 
 
 OPTIONS = ["", "--variance small", "--bound-grid optimal --levels 9", "--bound-grid own", "--bound-grid powerp",
-           "--decoder flat", "--decoder dequantised", "--estimator continuous", "--split train", "--no-clip"]  # fmt: skip
+           "--decoder flat", "--decoder dequantised", "--estimator continuous", "--split train", "--no-clip",
+           "--variance equal", "--variance optimal", "--variance optimal --bound-grid optimal --levels 9"]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -90,8 +91,9 @@ def test_a_fitted_variance_is_taken(typed: Type, run: Run):
     try:
         fitted = read(typed("nll", run.path, "digits", *SMALL))
         assert fitted["protocol"]["variance"] == "analytic"
-        named = read(typed("nll", run.path, "digits", *SMALL, "--variance", files))
-        assert named["terms"] == fitted["terms"]
+        for name in (files, "learned"):
+            named = read(typed("nll", run.path, "digits", *SMALL, "--variance", name))
+            assert named["terms"] == fitted["terms"]
         big = read(typed("nll", run.path, "digits", *SMALL, "--variance", "big"))
         assert big["terms"]["diffusion"] != fitted["terms"]["diffusion"]
         assert big["terms"]["reconstruction"] == fitted["terms"]["reconstruction"]
@@ -112,6 +114,50 @@ def test_the_ode_is_measured_too(typed: Type, run: Run, tmp_path: Path):
     within(0.1, abs(few["terms"]["total"]["bits/dim"] / many["terms"]["total"]["bits/dim"] - 1), "12 steps against 24")
 
 
+def test_the_ode_by_exact_trace_and_by_tolerance(typed: Type, run: Run, tmp_path: Path):
+    """Probes scatter about the exact trace, and a tolerance finds what many steps do."""
+
+    def found(*options: object) -> tuple[float, str, Any]:
+        ran = typed("nll", run.path, "digits", "--estimator", "ode", "-n", 2, *options, "--out", tmp_path / "a.json")
+        result = read(ran)
+        return result["terms"]["total"]["bits/dim"], ran.out, result["protocol"]
+
+    steps, _, _ = found("--steps", 40)
+    adaptive, said, _ = found("--tolerance", 1e-3)
+    assert "tolerance 0.001, one probe" in said
+    within(0.02, abs(steps / adaptive - 1), "40 steps against a tolerance")
+    exact, said, _ = found("--steps", 2, "--probes", 0)
+    assert "2 steps, exact trace" in said
+    probed, _, protocol = found("--steps", 2, "--probes", 20)
+    within(0.1, abs(probed / exact - 1), "twenty probes against the exact trace")
+    assert protocol["probes"] == 20
+
+
+def test_several_times_quieten_the_bound_in_continuous_time(typed: Type, run: Run, tmp_path: Path):
+    results = [read(typed("nll", run.path, "digits", "--estimator", "continuous", "-n", 60, "--draws", draws,
+                          "--out", tmp_path / "a.json")) for draws in (1, 20)]  # fmt: skip
+    one, many = (result["terms"]["diffusion"] for result in results)
+    assert many["nats_se"] < 0.7 * one["nats_se"]
+    within(5 * one["nats_se"], abs(one["nats"] - many["nats"]), "means")
+    assert results[1]["protocol"]["n"] == 60
+    assert results[1]["terms"]["prior"]["nats"] == pytest.approx(results[0]["terms"]["prior"]["nats"], rel=1e-12)
+
+
+def test_the_optimal_variance_is_the_best_of_one_number_a_step(typed: Type, run: Run, tmp_path: Path):
+    """Measured on training data, and still below the posterior's and the large one on test data, at every step."""
+    bounds = {}
+    for variance in ("equal", "big", "optimal"):
+        options = ("--steps", 5, "-n", 100, "--fit", 200, "--variance", variance, "--out", tmp_path / "a.json")
+        bounds[variance] = read(typed("nll", run.path, "digits", *options))
+    assert bounds["optimal"]["protocol"]["variance"] == "optimal"
+    for i, best in enumerate(bounds["optimal"]["steps"]):
+        for other in ("equal", "big"):
+            assert best["nats"] < bounds[other]["steps"][i]["nats"] + 3 * best["nats_se"], (i, other)
+        # 1/2 D log(1 + 2 KL / D), what theory says of the widening, on other examples
+        wanted = 32 * math.log1p(bounds["equal"]["steps"][i]["nats"] / 32)
+        within(0.15, abs(best["nats"] / wanted - 1), f"step {i}")
+
+
 def test_a_run_keeps_its_results(typed: Type, run: Run):
     ran = typed("nll", run.path, "digits", *SMALL)
     assert Path(ran.out.strip().splitlines()[-1]) == run.path / "nll" / "digits-test-big-linear4.json"
@@ -125,7 +171,14 @@ def test_a_run_keeps_its_results(typed: Type, run: Run):
     (("--compat", "paper"), ("--compat paper", "official")),
     (("--compat", "official"), ("table", "leave it out")),
     (("--compat", "official", "--decoder", "flat"), ("--compat official", "--decoder")),
-    (("--variance", "optimal"), ("'optimal'", "quieten variance fit")),
+    (("--variance", "optmal"), ("'optmal'", "quieten variance fit")),
+    (("--variance", "learned"), ("--variance learned", "quieten variance fit", "optimal")),
+    (("--variance", "big", "--estimator", "continuous"), ("--variance big", "infinite")),
+    (("--variance", "big", "--estimator", "ode"), ("--variance big", "ODE has none")),
+    (("--draws", 2), ("--draws 2", "continuous")),
+    (("--probes", 2), ("--probes 2", "--estimator ode")),
+    (("--tolerance", 0.1, "--estimator", "continuous"), ("--tolerance 0.1", "--estimator ode")),
+    (("--tolerance", -1, "--estimator", "ode"), ("`rtol`", "-1")),
     (("--variance", "range"), ("--variance range", "network")),
     (("-n", 1000), ("-n 1000", "299")),
     (("-n", 1498, "--split", "train"), ("-n 1498", "no training example")),
@@ -170,11 +223,15 @@ def test_a_model_with_an_encoder(typed: Type, tmp_path: Path, encoder: str):
     run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule={kind: linear}", f"encoder={encoder}")
     tensors = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in build_update(run.recipe).state_dict().items()}
     run.save(Checkpoint(1, tensors, tensors, {}))
-    for options in ((), ("--estimator", "continuous"), ("--decoder", "flat")):
-        result = read(typed("nll", run.path, "digits", *SMALL, *options))
-        assert math.isfinite(result["terms"]["total"]["nats"])
+    totals = {}
+    for options in ("", "--estimator continuous", "--decoder flat", "--variance optimal", "--bound-grid optimal --levels 9"):
+        result = read(typed("nll", run.path, "digits", *SMALL, *options.split()))
+        totals[options] = result["terms"]["total"]["nats"]
+        assert math.isfinite(totals[options])
+    assert totals["--variance optimal"] < totals[""]
+    assert totals["--bound-grid optimal --levels 9"] < totals[""]
     assert result["protocol"]["variance"] == "small"
-    for options in (("--estimator", "ode"), ("--variance", "big"), ("--bound-grid", "optimal")):
+    for options in (("--estimator", "ode"), ("--variance", "big"), ("--variance", "learned")):
         ran = typed("nll", run.path, "digits", *SMALL, *options)
         assert ran.code == 2
         assert len(ran.err.strip().splitlines()) == 1

@@ -26,7 +26,10 @@ def nll(
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
     variance: Annotated[
         str | None,
-        typer.Option(help="small, big, or one that `quieten variance fit` fitted. Default: ocm or what else there is."),
+        typer.Option(
+            help="Of the steps: equal to the posterior's (or small), optimal (a number for each, measured), learned, big, or "
+            "the name of one that `quieten variance fit` fitted. Default: learned, else big."
+        ),
     ] = None,
     bound_grid: Annotated[
         str, typer.Option(help="Which levels: linear, quad_ddim, linear_ddim, powerp, optimal (measured), own (the sampler's).")
@@ -36,7 +39,16 @@ def nll(
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Clip x0 to [-1, 1]. Default: for pixel models.")
     ] = None,
-    fit: Annotated[int, typer.Option(min=2, help="Training examples for what is fitted: the decoder, the optimal grid.")] = 128,
+    draws: Annotated[int, typer.Option(min=1, help="Times per example of the bound in continuous time, averaged.")] = 1,
+    probes: Annotated[
+        int | None, typer.Option(min=0, help="Random probes of the ODE's divergence; 0 takes it exactly. Default: 1.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Let each example choose the ODE's steps by its own error, instead of --steps.")
+    ] = None,
+    fit: Annotated[
+        int, typer.Option(min=2, help="Training examples for what is fitted: decoder, optimal variance, optimal grid.")
+    ] = 128,
     levels: Annotated[int, typer.Option(min=2, help="Levels that the optimal grid is chosen from, at most.")] = 200,
     seed: Annotated[int, typer.Option(help="Chooses the examples and their noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON to write. Default: in the run's folder nll, or here.")] = None,
@@ -57,7 +69,11 @@ def nll(
 
         quieten nll zoo:fashion-mnist fashion-mnist --steps 10 --variance big --bound-grid optimal
 
+        quieten nll runs/my-diffenc fashion-mnist --steps 20 --variance optimal --bound-grid optimal
+
         quieten nll zoo:fashion-mnist fashion-mnist --estimator ode --steps 30 -n 100
+
+        quieten nll runs/digits digits --estimator ode --probes 0 --tolerance 1e-4 -n 100
 
         quieten nll ./my-diffusers-model ~/pictures/test --steps 1000 --compat official
     """
@@ -65,6 +81,6 @@ def nll(
 
     run(
         source, data, estimator=estimator, steps=steps, n=n, split=split, variance=variance, bound_grid=bound_grid,
-        decoder=decoder, compat=compat, clip=clip, fit=fit, levels=levels, seed=seed, out=out, batch=batch, weights=weights,
-        device=device,
+        decoder=decoder, compat=compat, clip=clip, fit=fit, levels=levels, draws=draws, probes=probes,
+        tolerance=tolerance, seed=seed, out=out, batch=batch, weights=weights, device=device,
     )  # fmt: skip

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data import Dataset, Order, load
-from ..decoders import Decoder, Dequantised, Discretised, Flat, Plain
+from ..adaptive import RK45
+from ..bound import Widened
+from ..decoders import Decoder, Discretised, Flat
 from ..denoiser import Denoiser
+from ..encoded_costs import encoded_costs, widened_costs
 from ..files import write_atomic, writing
 from ..grids import SPACINGS, dp_vb, edge_costs, linear, take
 from ..likelihood import Bound, evaluate, fit_decoder, log_likelihood
@@ -23,53 +25,18 @@ from ..process import VP
 from ..progress import Progress
 from ..schedule import Linear, Schedule, Table
 from ..source import Source, open_source
-from ..transition import Ancestral
+from ..transition import Ancestral, Transition
 from ..variance import load_variance, variance_names
 from ..wrap import WithCovariance
+from .likely import Asked, Examples, decoder_of, examples_of, load_data
 
-__all__ = ["nll"]
+__all__ = ["Asked", "decoder_of", "examples_of", "load_data", "nll"]
 
 ESTIMATORS = ("bound", "continuous", "ode")
 GRIDS = (*SPACINGS, "optimal", "own")
 DECODERS = ("discretised", "flat", "dequantised")
 CHAIN = 1000
 """Levels of the chain that steps are chosen from, for models without a table of their own."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Data as the denoiser sees them, float32 (N, *), and their conditions."""
-
-    x0: Tensor
-    cond: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.x0)
-
-    def on(self, device: torch.device) -> Examples:
-        return Examples(self.x0.to(device), {name: value.to(device) for name, value in self.cond.items()})
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The options of the command, by their names."""
-
-    estimator: str = "bound"
-    steps: int = 50
-    n: int | None = None
-    split: str = "test"
-    variance: str | None = None
-    bound_grid: str = "linear"
-    decoder: str = "discretised"
-    compat: str | None = None
-    clip: bool | None = None
-    fit: int = 128
-    levels: int = 200
-    seed: int = 0
-    out: Path | None = None
-    batch: int = 64
-    weights: str = "ema"
-    device: str | None = None
 
 
 def nll(source: str, data: str, **options: Any) -> dict[str, Any]:
@@ -83,20 +50,22 @@ def nll(source: str, data: str, **options: Any) -> dict[str, Any]:
     opened = open_source(source, asked.weights, asked.device)
     _check_compat(opened, asked.compat)
     kernels = _kernels(opened, asked.variance, asked.clip)
-    examples, fitting, whole = _data(opened, data, asked)
+    examples, fitting, whole = examples_of(opened, data, asked)
     what = f"{kernels.name}-{asked.bound_grid}{asked.steps}" if asked.estimator == "bound" else asked.estimator
     out = _target(opened, asked.out, f"{whole.name}-{asked.split}-{what}.json")
-    decoder = _decoder(opened, whole, asked)
+    decoder = decoder_of(opened, whole, asked)
     if asked.estimator == "ode":
         bound = _by_ode(opened, decoder, examples, asked)
     else:
         bound, decoder = _bounded(opened, kernels, decoder, examples, fitting, asked)
     in_steps = asked.estimator == "bound"
+    ode = asked.estimator == "ode"
     protocol = {
         "source": source, "weights": opened.weights, "data": whole.name, "split": asked.split, "n": len(examples),
         "seed": asked.seed, "estimator": asked.estimator, "steps": None if asked.estimator == "continuous" else asked.steps,
         "grid": asked.bound_grid if in_steps else None, "variance": kernels.name if in_steps else None,
         "decoder": _named(decoder, asked), "compat": asked.compat, "clip": in_steps and kernels.transition.clip is not None,
+        "draws": asked.draws, "probes": _probes(asked) if ode else None, "tolerance": asked.tolerance,
         "fitted_on": f"{len(fitting)} of train", "unit": _unit(opened, bound),
     }  # fmt: skip
     result = {"protocol": protocol, "dims": bound.dims, "terms": _terms(bound, asked.estimator), "steps": _steps(bound)}
@@ -126,6 +95,16 @@ def _check_names(asked: Asked) -> None:
         raise ValueError("`--compat official` is the discretised decoder in steps: leave out --decoder and --estimator")
     if estimator == "ode" and decoder != "discretised":
         raise ValueError(f"`--decoder {decoder}` has no place in the ODE's likelihood, which dequantises: leave it out")
+    if estimator != "bound" and asked.variance is not None:
+        why = (
+            "in continuous time any but the posterior's makes the bound infinite" if estimator != "ode" else "the ODE has none"
+        )
+        raise ValueError(f"`--variance {asked.variance}` is of a bound in steps, {why}: leave it out")
+    if asked.draws > 1 and estimator != "continuous":
+        raise ValueError(f"`--draws {asked.draws}` are of times, for --estimator continuous: leave it out")
+    for option, value in (("probes", asked.probes), ("tolerance", asked.tolerance)):
+        if value is not None and estimator != "ode":
+            raise ValueError(f"`--{option} {value:g}` is for --estimator ode: leave it out")
 
 
 def _check_compat(source: Source, compat: str | None) -> None:
@@ -135,22 +114,29 @@ def _check_compat(source: Source, compat: str | None) -> None:
 
 
 class Kernels(NamedTuple):
-    """The denoiser with its variance, the transition that uses it, and the name of the variance."""
+    """The denoiser with its variance, the transition that uses it, the name of the variance, and whether to widen each step."""
 
     model: Denoiser
     transition: Ancestral
     name: str
+    widen: bool = False
 
 
 def _kernels(source: Source, name: str | None, clip: bool | None) -> Kernels:
     how = source.clip if clip is None else (source.clip or 1.0) if clip else None
     learned = bool(getattr(source.denoiser, "learned_range", False))
     fitted = variance_names(source.variances)
+    best = "ocm" if "ocm" in fitted else fitted[0] if fitted else "range" if learned else None
     if name is None:
-        plain = "big" if source.denoiser.process is VP else "small"  # encoded data, too, have the posterior's own
-        name = "ocm" if "ocm" in fitted else fitted[0] if fitted else "range" if learned else plain
-    if name == "small":
-        return Kernels(source.denoiser, Ancestral(spread=False, clip=how), name)
+        # encoded data, too, have the posterior's own
+        name = best or ("big" if source.denoiser.process is VP else "small")
+    if name == "learned":
+        if best is None:
+            raise ValueError("`--variance learned` needs a network that predicts it, or one that `quieten variance fit` "
+                             "fitted: give equal or optimal")  # fmt: skip
+        name = best
+    if name in ("small", "equal", "optimal"):
+        return Kernels(source.denoiser, Ancestral(spread=False, clip=how), name, name == "optimal")
     if name == "range":
         if not learned:
             raise ValueError("`--variance range` needs a network that predicts it: give small or big")
@@ -160,58 +146,6 @@ def _kernels(source: Source, name: str | None, clip: bool | None) -> Kernels:
                          "`quieten variance fit`")  # fmt: skip
     variance = load_variance(source.variances, name, source.denoiser, cap=how**2 if isinstance(how, int | float) else None)
     return Kernels(WithCovariance(source.denoiser, variance), Ancestral(clip=how), Path(name).stem)
-
-
-def _data(source: Source, name: str, asked: Asked) -> tuple[Examples, Examples, Dataset]:
-    """What is evaluated, and other examples, of the training data, for what is fitted."""
-    shape = source.denoiser.shape if source.encode is None else source.image
-    size = {"channels": shape[0], "size": shape[1]} if shape is not None and len(shape) == 3 else {}
-    split, seed = asked.split, asked.seed
-    whole, train = (_load(name, part, size) for part in (split, "train"))
-    n = min(500, len(whole) if split == "test" else len(whole) // 2) if asked.n is None else asked.n
-    if n > len(whole):
-        raise ValueError(f"`-n {n}` exceeds the {len(whole)} examples of {whole.name}'s {split} data: give fewer")
-    index = Order(len(whole), n, seed).indices(0)
-    if split == "train":
-        rest = torch.ones(len(train), dtype=torch.bool)
-        rest[index] = False
-        train = train.subset(rest)
-    if not len(train):
-        raise ValueError(f"`-n {n}` leaves no training example to fit the decoder on: give fewer")
-    other = Order(len(train), min(asked.fit, len(train)), seed + 1).indices(0)
-    return _examples(source, whole, index), _examples(source, train, other), whole
-
-
-def _load(name: str, split: str, size: Mapping[str, Any]) -> Dataset:
-    try:
-        return load(name, split=split, **size)
-    except ValueError as error:
-        if size and "holds floats" in str(error):  # which no resizing can change
-            return _load(name, split, {})
-        if split == "test" and "`split`" in str(error):
-            raise ValueError(
-                f"{name} has no test data of its own: give --split train, and mind what the model has seen"
-            ) from error
-        raise
-
-
-def _examples(source: Source, data: Dataset, index: Tensor) -> Examples:
-    x0, labels = data.batch(index)
-    if source.encode is not None:
-        x0 = source.encode(x0.to(source.denoiser.device)).float().cpu()
-    shape = source.denoiser.shape
-    if shape is not None and tuple(x0.shape[1:]) != tuple(shape):
-        raise ValueError(f"{data.name} has examples of shape {tuple(x0.shape[1:])}, this model {tuple(shape)}: give other data")
-    if source.prompt is not None:
-        raise ValueError("this model draws what a text says, and data have none: the likelihood needs a model without text")
-    if not source.classes:
-        return Examples(x0, {})
-    if labels is not None and len(data.classes) == len(source.classes):
-        return Examples(x0, {"label": labels})
-    if not source.null:
-        raise ValueError(f"this model needs labels of {len(source.classes)} classes, {data.name} has "
-                         f"{len(data.classes) or 'none'}: give the data it was trained on")  # fmt: skip
-    return Examples(x0, {name: torch.full((len(x0),), value) for name, value in source.null.items()})
 
 
 def _target(source: Source, out: Path | None, name: str) -> Path:
@@ -229,22 +163,6 @@ def _target(source: Source, out: Path | None, name: str) -> Path:
 # ---- decoder and levels
 
 
-def _decoder(source: Source, data: Dataset, asked: Asked) -> Decoder:
-    """The kind of decoder, its variance still to be fitted."""
-    name = "dequantised" if asked.estimator == "ode" else asked.decoder
-    if source.encode is not None or not _of_bytes(data):
-        if asked.decoder != "discretised":
-            raise ValueError(f"`--decoder {name}` is for 8-bit data: leave it out")
-        return Plain()
-    if name == "flat":
-        return Flat(source.denoiser.process)
-    return Dequantised() if name == "dequantised" else Discretised(compat=asked.compat)
-
-
-def _of_bytes(data: Dataset) -> bool:
-    return not isinstance(data.images, Tensor) or data.images.dtype == torch.uint8
-
-
 def _chain(source: Source) -> Tensor:
     """All levels to choose from, cleanest first."""
     return source.grid(CHAIN, None)[:-1].flip(0) if source.table is None else source.table.lam.cpu()
@@ -256,13 +174,30 @@ def _bounded(
     """The bound, and the decoder as it was fitted."""
     grid = _places(source, kernels, decoder, fitting, asked)
     decoder = _fitted(source, decoder, kernels, fitting, grid, asked)
-    transition = kernels.transition if asked.estimator == "bound" else None
-    with Progress(len(examples), 0, "bound") as progress:
-        bound = evaluate(
-            kernels.model, examples.x0, decoder, grid, cond=examples.cond, seed=asked.seed, batch=asked.batch,
-            encoder=source.encoder, transition=transition, progress=progress.update,
-        )  # fmt: skip
-    return bound, decoder
+
+    def measured(of: Examples, transition: Transition | None, title: str) -> Bound:
+        with Progress(len(of), 0, title) as progress:
+            return evaluate(
+                kernels.model, of.x0, decoder, grid, cond=of.cond, seed=asked.seed, batch=asked.batch,
+                encoder=source.encoder, transition=transition, progress=progress.update,
+            )  # fmt: skip
+
+    transition: Transition | None = kernels.transition if asked.estimator == "bound" else None
+    if kernels.widen and transition is not None:
+        transition = Widened.of(transition, measured(fitting, transition, "measuring variances"))
+    rows = {name: value.repeat(asked.draws, *[1] * (value.ndim - 1)) for name, value in examples.cond.items()}
+    several = Examples(examples.x0.repeat(asked.draws, *[1] * (examples.x0.ndim - 1)), rows)  # an example's times spread evenly
+    return _averaged(measured(several, transition, "bound"), asked.draws), decoder
+
+
+def _averaged(bound: Bound, draws: int) -> Bound:
+    """The bound of each example, from so many draws one after the other."""
+    if draws == 1:
+        return bound
+    prior, diffusion, reconstruction = (
+        part.unflatten(0, (draws, -1)).mean(0) for part in (bound.prior, bound.diffusion, bound.reconstruction)
+    )
+    return replace(bound, prior=prior, diffusion=diffusion, reconstruction=reconstruction)
 
 
 def _places(source: Source, kernels: Kernels, decoder: Decoder, fitting: Examples, asked: Asked) -> Tensor | Schedule:
@@ -279,15 +214,21 @@ def _places(source: Source, kernels: Kernels, decoder: Decoder, fitting: Example
         raise ValueError(f"`--steps {steps}` exceeds the {len(chain)} levels of the model: give fewer")
     if name != "optimal":
         return take(chain, SPACINGS[name](steps, len(chain)))
-    if kernels.transition.range or source.encoder is not None:
-        raise ValueError("`--bound-grid optimal` is not for learned ranges, nor for models with an encoder: give another grid")
+    if kernels.transition.range:
+        raise ValueError("`--bound-grid optimal` is not for learned ranges, whose variance depends on both ends of a step: "
+                         "give another grid")  # fmt: skip
     chain = chain[linear(max(min(asked.levels, len(chain)), steps), len(chain)) - 1]
-    there = fitting.on(kernels.model.device)
+    there, encoder = fitting.on(kernels.model.device), source.encoder
+    model, draws = kernels.model.bind(**there.cond), Draws(asked.seed, 1, range(len(there)))
     with Progress(len(chain) * len(there), 0, "measuring the grid") as progress:
-        costs = edge_costs(
-            kernels.model.bind(**there.cond), there.x0, chain, decoder, draws=Draws(asked.seed, 1, range(len(there))),
-            transition=kernels.transition, fit=True, progress=lambda done: progress.update(done * len(there)),
-        )  # fmt: skip
+        how: dict[str, Any] = {"draws": draws, "transition": kernels.transition, "fit": True,
+                               "progress": lambda done: progress.update(done * len(there))}  # fmt: skip
+        if encoder is None:
+            costs = edge_costs(model, there.x0, chain, decoder, **how)
+        else:
+            costs = encoded_costs(model, there.x0, chain, decoder, encoder, **how)
+    if kernels.widen:
+        costs = widened_costs(costs, math.prod(there.x0.shape[1:]))
     return take(chain, dp_vb(steps, costs)[0])
 
 
@@ -315,8 +256,9 @@ def _fitted(
 
 
 def _by_ode(source: Source, decoder: Decoder, examples: Examples, asked: Asked) -> Bound:
-    """The likelihood of the probability-flow ODE of the denoiser as it is, by one probe, as a bound of a single term."""
+    """The likelihood of the probability-flow ODE of the denoiser as it is, as a bound of a single term."""
     grid, device, parts = source.grid(asked.steps + 1, None), source.denoiser.device, []
+    solver = None if asked.tolerance is None else RK45(asked.tolerance, asked.tolerance)
     cell = 2.0 * decoder.pixels.half if decoder.pixels is not None else 1.0
     dims = math.prod(examples.x0.shape[1:])
     with Progress(len(examples), 0, "ODE") as progress:
@@ -325,10 +267,16 @@ def _by_ode(source: Source, decoder: Decoder, examples: Examples, asked: Asked) 
             draws = Draws(asked.seed, 0, range(rows.start, rows.stop))
             there = Examples(examples.x0[rows], {name: value[rows] for name, value in examples.cond.items()}).on(device)
             x0 = decoder.prepare(there.x0, draws)
-            parts.append(log_likelihood(source.denoiser.bind(**there.cond), x0, grid, draws=draws, probes=1).cpu())
+            denoiser = source.denoiser.bind(**there.cond)
+            parts.append(log_likelihood(denoiser, x0, grid, draws=draws, probes=_probes(asked) or None, solver=solver).cpu())
             progress.update(rows.stop)
     nats = -torch.cat(parts) - dims * math.log(cell)
     return Bound(torch.zeros_like(nats), nats[:, None], torch.zeros_like(nats), dims, (), decoder.pixels is not None)
+
+
+def _probes(asked: Asked) -> int:
+    """Of the trace; 0 takes it exactly."""
+    return 1 if asked.probes is None else asked.probes
 
 
 # ---- afterwards
@@ -372,13 +320,20 @@ def _steps(bound: Bound) -> list[dict[str, float | None]]:
     return rows
 
 
+def _path(protocol: Mapping[str, Any]) -> str:
+    """How an ODE was followed."""
+    probes, tolerance = protocol["probes"], protocol["tolerance"]
+    steps = f"{protocol['steps']} steps" if tolerance is None else f"tolerance {tolerance:g}"
+    return f"{steps}, {'exact trace' if not probes else 'one probe' if probes == 1 else f'{probes} probes'}"
+
+
 def _table(result: Mapping[str, Any], bound: Bound) -> str:
     unit = "bits/dim" if bound.discrete else "nats/dim"
     p = result["protocol"]
     how = {
         "bound": f"bound in {p['steps']} steps ({p['grid']} grid), variance {p['variance']}",
-        "continuous": "bound in continuous time",
-        "ode": f"likelihood of the ODE in {p['steps']} steps, one probe",
+        "continuous": "bound in continuous time" + (f", {p['draws']} times each" if p["draws"] > 1 else ""),
+        "ode": f"likelihood of the ODE, {_path(p)}",
     }[p["estimator"]]
     lines = [
         f"{p['source']} ({p['weights']} weights) on {p['n']} {p['split']} examples of {p['data']}, seed {p['seed']}: {how}",
