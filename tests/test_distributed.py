@@ -41,9 +41,9 @@ def run_here(path: Path) -> None:
     fit(Run.open(path), data=toy_data())
 
 
-def launch(path: Path) -> None:
-    """Runs this file in two processes."""
-    here = Path(__file__)
+def launch(*paths: Path, file: str = __file__) -> None:
+    """Runs a file in two processes."""
+    here = Path(file)
     folders = [str(here.parent), str(here.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(folders)}
     with socket.socket() as free:
@@ -51,7 +51,9 @@ def launch(path: Path) -> None:
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     where = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    process = subprocess.Popen([*torchrun, *where, str(here), str(path)], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*torchrun, *where, str(here), *map(str, paths)], env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         _, said = process.communicate(timeout=200)
     finally:

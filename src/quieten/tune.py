@@ -28,6 +28,7 @@ from .schema import Data, Recipe, Train
 from .source import Source
 from .tune_start import Start, make_policy, make_update
 from .variance import fingerprint
+from .watch import Tally
 from .yardstick import Yardstick
 
 __all__ = ["PLAN", "Tuned", "Tuning", "tune"]
@@ -149,8 +150,9 @@ class Tuning(Session):
         update = make_update(policy, start, run.recipe.train, data, reward)
         ema = nn.ModuleDict({"policy": deepcopy(policy), "value": deepcopy(update.value)})
         super().__init__(run, data, callbacks, update, ema)
+        line = self.plan.batch * self.plan.log_every
+        self.head_start = math.ceil(start.head_start / line) * line  # a line of metrics is of one kind of iteration
         self.checks: list[Check] = []
-        self.window: dict[str, list[float]] = {}
         self.std_start = policy.rhos.tolist()
         self.began = self.draw()
         self.first = self.yardstick(self.began).value
@@ -177,12 +179,12 @@ class Tuning(Session):
         average = self._averaged if many else None
         trouble = ""
         try:
-            if self.images < self.start.head_start:
+            if self.images < self.head_start:
                 _, told = self.update.critic(batch.x0, batch.cond, draws, average)
             else:
                 told = self.update.iterate(batch.x0, batch.cond, draws, average)
         except ValueError as error:
-            if "is not finite" not in str(error):
+            if "is not finite" not in str(error) or many:  # the other processes would wait for this one
                 raise
             told, trouble = {}, str(error)
         self.step += 1
@@ -232,24 +234,23 @@ class Tuning(Session):
 
     def _count(self, told: Mapping[str, Tensor], stop: bool, bad: bool) -> None:
         """Counts an iteration: scalars by their names, those of each step by name and number."""
-        if self.tally.names and bad:
-            told = {name: self.tally.sums.new_zeros(()) for name in self.tally.names}
         scalars: dict[str, Tensor] = {}
         for name, value in told.items():
             if value.ndim == 0:
                 scalars[name] = value
             elif name not in ("rho", "s2"):
                 scalars |= {f"{name}_{k}": part for k, part in enumerate(value)}
-        scalars = {name: scalars.get(name, self.tally.sums.new_zeros(())) for name in (self.tally.names or sorted(scalars))}
+        if not bad and "policy_loss" in scalars and "policy_loss" not in self.tally.names:
+            self.tally = Tally(self.device)  # the head start is over
+        scalars = {name: scalars.get(name, self.tally.sums.new_zeros(())) for name in self.tally.names or sorted(scalars)}
         asked = stop or self.finished() is not None
         values = torch.stack([self.tally.sums.new_tensor(float(asked)), *(v.to(self.tally.sums) for v in scalars.values())])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")
         shared = dict(zip(scalars, values[1:], strict=True))
-        loss = shared.pop("energy_loss", shared.pop("policy_loss", values.new_zeros(())))
-        shared = {"energy_loss": loss, **shared}
-        flag = ~values.isfinite().all() | bad
-        self.tally.add(self.step, loss, shared.get("policy_norm", values.new_zeros(())), flag, values[0], shared)
+        zero = values.new_zeros(())
+        loss, norm = shared.get("energy_loss", shared.get("policy_loss", zero)), shared.get("policy_norm", zero)
+        self.tally.add(self.step, loss, norm, ~values.isfinite().all() | bad, values[0], shared)
 
     # -- measurements
 

@@ -106,9 +106,9 @@ class Start:
         if self.adapters < 0 or self.head_start < 0 or not 0 <= self.value_decay <= 1:
             raise ValueError("`adapters` and `head_start` must not be negative, `value_decay` must lie in [0, 1] "
                              f"(got {self.adapters}, {self.head_start}, {self.value_decay})")  # fmt: skip
-        fields = [f.name for f in dataclasses.fields(Settings)]
+        fields = [f.name for f in dataclasses.fields(Settings) if f.name not in ("lr_policy", "betas", "ema")]
         for name in self.settings:
-            if name not in fields or name in ("lr_policy", "betas", "ema"):
+            if name not in fields:
                 remedy = nearest(name, fields) or f" (known: {', '.join(fields)}; lr, betas and ema are the plan's)"
                 raise ValueError(f"`settings` knows no {name!r}{remedy}")
         Settings(**{**SMALL, **self.settings})
