@@ -345,11 +345,11 @@ def test_grids(typed: Type, tmp_path: Path, toy: Path, grid: str) -> None:
 
 def test_exported_files_and_the_zoo(typed: Type, tmp_path: Path, toy: Path, monkeypatch: Any) -> None:
     file = export(Run.open(toy), tmp_path / "toy.safetensors", half=False)
-    monkeypatch.setattr("quieten.runs.ZOO", tmp_path)
+    monkeypatch.setattr("quieten.bundled.ZOO", tmp_path)
     for source, name in ((toy, "run"), (file, "file"), ("zoo:toy", "zoo")):
         assert figures(typed("sample", source, "-n", 4, "--out", tmp_path / f"{name}.png"))["nfe"] == 2
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("run", "file", "zoo")}) == 1
-    refused(typed("sample", "zoo:toi"), "'zoo:toi'", "known: toy")
+    refused(typed("sample", "zoo:toi"), "'zoo:toi'", "known: zoo:toy")
 
 
 def test_vectors_are_written_as_arrays(typed: Type, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 import quieten
 import quieten.commands.sample
 from conftest import Ran, Type
+from quieten.bundled import ZOO
 from quieten.classify import NoisyClassifier
 from quieten.cli import main
 from quieten.nets import Classifier
@@ -332,7 +333,8 @@ def test_classifiers_that_do_not_fit(typed: Type, tmp_path: Path, toy: Path, jud
     refused(typed("sample", toy, "--guide", "0", "--classifier", "zoo:fashion-mnist-noisy"), "(1, 28, 28)", "(1, 8, 8)")
     refused(typed("sample", toy, "--guide", "0", "--classifier", "zoo:fashon"), "zoo:fashion-mnist-noisy")
     refused(typed("sample", toy, "--guide", "0", "--classifier", tmp_path / "none.safetensors"), "none.safetensors", "missing")
-    refused(typed("sample", toy, "--guide", "0", "--classifier", "zoo:fashion-mnist"), "no noise-aware classifier")
+    clean = ZOO / "classifiers" / "fashion-mnist.safetensors"
+    refused(typed("sample", toy, "--guide", "0", "--classifier", clean), "no noise-aware classifier")
     refused(typed("sample", toy, "--guide", "inpaint", "--classifier", judge), "`--classifier", "measures")
 
 

@@ -95,11 +95,39 @@ def test_an_export_is_the_same_model_in_one_file(trained: Run, tmp_path: Path, h
 
 
 def test_the_zoo_is_found_by_name(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quieten.runs, "ZOO", tmp_path)
+    monkeypatch.setattr(quieten.bundled, "ZOO", tmp_path)
     export(trained, tmp_path / "toy.safetensors")
-    assert load("zoo:toy").shape == (1, 8, 8)
-    with pytest.raises(ValueError, match=r"no model 'zoo:tox' comes with the library \(known: toy\)"):
+    assert load("zoo:toy").shape == load("zoo:t").shape == (1, 8, 8)
+    with pytest.raises(ValueError, match=r"no model 'zoo:tox' comes with the library \(known: zoo:toy\)"):
         load("zoo:tox")
+    with pytest.raises(ValueError, match=r"no model 'zoo:' comes"):
+        load("zoo:")
+    export(trained, tmp_path / "toy-large.safetensors")
+    assert load("zoo:to").shape == (1, 8, 8)  # "toy": the other name only adds to it
+    export(trained, tmp_path / "top.safetensors")
+    with pytest.raises(ValueError, match=r"'zoo:to' is short for several: zoo:top, zoo:toy, zoo:toy-large"):
+        load("zoo:to")
+
+
+def test_variances_go_along_with_an_exported_file(trained: Run, tmp_path: Path) -> None:
+    from quieten.covariance import Analytic
+    from quieten.source import open_source
+    from quieten.variance import fingerprint, load_variance, save_variance
+
+    table = Analytic(torch.tensor([-3.0, 0.0, 3.0]), torch.tensor([0.9, 0.5, 0.1]))
+    facts = {"kind": "analytic", "cap": None}
+    folder = trained.path / "variance"
+    try:
+        save_variance(folder, "own", table, {**facts, "trunk": fingerprint(trained.denoiser())})
+        save_variance(folder, "other", table, {**facts, "trunk": "0" * 64})
+        export(trained, tmp_path / "a.safetensors")
+    finally:
+        shutil.rmtree(folder)
+    opened = open_source(str(tmp_path / "a.safetensors"))
+    own = load_variance(opened.variances, "own", opened.denoiser)
+    assert torch.equal(own.m, table.m)
+    with pytest.raises(ValueError, match="no variance 'other'"):
+        load_variance(opened.variances, "other", opened.denoiser)
 
 
 def test_loading_leaves_the_global_generator_alone(trained: Run) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bundled import bundled
 from .data import Dataset, Order
 from .denoiser import levels
 from .gaussian import spread_over
@@ -92,7 +93,9 @@ class NoisyClassifier(nn.Module):
         """
         from .runs import read_tensors, restore
 
-        path = _zoo(str(path_or_name)) if str(path_or_name).startswith("zoo:") else Path(path_or_name).expanduser()
+        named = str(path_or_name).startswith("zoo:")
+        path = bundled(str(path_or_name), "classifiers", "-noisy", "noise-aware classifier") if named else Path(path_or_name)
+        path = path.expanduser()
         tensors, metadata = read_tensors(path, "write it with `quieten train-classifier`")
         if not {"options", "noise"} <= metadata.keys():
             raise ValueError(f"{path} is no noise-aware classifier: write one with `quieten train-classifier`")
@@ -110,16 +113,6 @@ class NoisyClassifier(nn.Module):
         shape = None if noise["shape"] is None else tuple(noise["shape"])
         net = Classifier(**json.loads(metadata["options"]))
         return cls(net, PROCESSES[noise["process"]], noise["range"], noise["classes"], shape)
-
-
-def _zoo(name: str) -> Path:
-    folder = Path(__file__).parent / "zoo" / "classifiers"
-    path = folder / f"{name.removeprefix('zoo:')}.safetensors"
-    if not path.is_file():
-        known = ", ".join(f"zoo:{p.stem}" for p in sorted(folder.glob("*-noisy.safetensors"))) or "none"
-        raise ValueError(f"no classifier {name!r} comes with the library (known: {known}): train one with "
-                         "`quieten train-classifier`")  # fmt: skip
-    return path
 
 
 # ---- measuring

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .bundled import bundled
 from .statistics import Statistics, gather_rows
 
 if TYPE_CHECKING:
@@ -120,12 +121,8 @@ class Extractor:
         Raises:
             ValueError: If there is none of that name.
         """
-        folder = Path(__file__).parent / "zoo" / "classifiers"
-        path = folder / f"{name}.safetensors"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
-            raise ValueError(f"no classifier {name!r} comes with the library (known: {known}): use Extractor.from_classifier")
-        return replace(cls.load(path), name=f"zoo classifier of {name}")
+        path = bundled(name, "classifiers", what="classifier")
+        return replace(cls.load(path), name=f"zoo classifier of {path.stem}")
 
     @classmethod
     def load(cls, name_or_path: str | Path, sha256: str | None = None, device: torch.device | str = "cpu") -> Extractor:

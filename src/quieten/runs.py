@@ -19,6 +19,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from .bundled import bundled
 from .config import Recipe, build_denoiser, build_encoder, build_objective, build_schedule, parse_recipe
 from .denoiser import Preconditioned
 from .files import sync_folder, write_atomic, writing
@@ -41,7 +42,6 @@ __all__ = [
     "restore",
 ]
 
-ZOO = Path(__file__).parent / "zoo"
 WEIGHTS = ("model", "ema")
 PREFIX, BESIDE = "denoiser.", "objective."
 """Weights of a run are those of its `Update`; what belongs to the denoiser begins with the one, the rest with the other."""
@@ -294,6 +294,8 @@ def load_with_recipe(
 def export(run: Run, path: str | Path, half: bool = True, weights: str = "ema") -> Path:
     """Writes the denoiser of a run as one file that `load` reads: weights, and the recipe in the metadata.
 
+    Variances that were fitted to those weights go along, into a folder beside it that ends in .variance instead.
+
     Arguments:
         run: A trained run.
         path: The file, ending in .safetensors.
@@ -312,7 +314,12 @@ def export(run: Run, path: str | Path, half: bool = True, weights: str = "ema") 
             for name, tensor in tensors.items()
         }
     with writing(path):
-        return write_atomic(path, packed(tensors, {"config": run.recipe.to_yaml()}))
+        write_atomic(path, packed(tensors, {"config": run.recipe.to_yaml()}))
+    if (run.path / "variance").is_dir():
+        from .variance import carry_variances
+
+        carry_variances(run.path / "variance", path.with_suffix(".variance"), run.denoiser(weights), load(path))
+    return path
 
 
 def build_update(recipe: Recipe, data: Any = None) -> Update:
@@ -364,11 +371,7 @@ def _file_of(path_or_name: str | Path) -> Path | None:
     """The exported file that a name means; None for the folder of a run."""
     name, path = str(path_or_name), Path(path_or_name).expanduser()
     if name.startswith("zoo:"):
-        file = ZOO / f"{name.removeprefix('zoo:')}.safetensors"
-        if not file.is_file():
-            names = sorted(path.stem for path in ZOO.glob("*.safetensors"))
-            raise ValueError(f"no model {name!r} comes with the library (known: {', '.join(names) or 'none'})")
-        return file
+        return bundled(name)
     return path if path.is_file() and path.suffix == ".safetensors" else None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import bundled
 from .denoiser import Denoiser
 from .encoder import Encoder
 from .schedule import Schedule, Table
@@ -84,6 +85,7 @@ def open_source(source: str, weights: str = "ema", device: str | None = None) ->
     Raises:
         ValueError: If it is nothing of the kind, or damaged, or the device cannot be used.
     """
+    source = bundled.full_name(source)
     where, path = device_of(device), Path(source).expanduser()
     ours = source.startswith("zoo:") or path.suffix == ".safetensors" or (path / "config.yaml").is_file()
     theirs = any((path / name).is_file() for name in ("model_index.json", "config.json"))
@@ -152,13 +154,11 @@ def _from_run(source: str, weights: str, device: str) -> Source:
 
 def _beside(source: str, path: Path, what: str) -> tuple[Path, ...]:
     """Where variances or policies of a model lie: in its folder, beside its file, or for what is read only in ./variance."""
-    from .runs import ZOO
-
     if path.is_dir():
         return (path / what,)
     if source.startswith("zoo:"):
         name = source.removeprefix("zoo:")
-        return (Path(what) / name, ZOO / what / name)
+        return (Path(what) / name, bundled.ZOO / what / name)
     return (path.with_suffix(f".{what}"),) if path.is_file() else (Path(what) / source.replace("/", "--"),)
 
 

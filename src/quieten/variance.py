@@ -21,6 +21,7 @@ from .jacobian import Probed
 __all__ = [
     "KINDS",
     "UNTRAINED",
+    "carry_variances",
     "fingerprint",
     "load_variance",
     "make_variance",
@@ -138,15 +139,39 @@ def save_variance(folder: str | Path, name: str, source: VarianceSource, facts: 
         source: Fitted.
         facts: How to build it again (the arguments of `make_variance`), and what it was fitted to and how.
     """
+    tensors = {key: _halved(tensor) for key, tensor in source.state_dict().items()}
+    return _written(Path(folder), tensors, {"format": FORMAT, "name": name, **facts})
+
+
+def _written(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
     from .runs import packed
 
-    folder = Path(folder)
-    tensors = {key: _halved(tensor) for key, tensor in source.state_dict().items()}
-    text = json.dumps({"format": FORMAT, "name": name, **facts}, indent=1) + "\n"
+    name, text = facts["name"], json.dumps(facts, indent=1) + "\n"
     with writing(folder):
         write_atomic(folder / f"{name}.safetensors", packed(tensors, {"variance": text}))
         write_atomic(folder / f"{name}.json", text.encode())
     return folder / f"{name}.safetensors"
+
+
+def carry_variances(folder: Path, target: Path, before: Denoiser, after: Denoiser) -> list[Path]:
+    """Copies variances to a rounded copy of the denoiser they were fitted to, and returns their files.
+
+    Arguments:
+        folder: Where they lie; those that belong to other weights stay there.
+        target: Where to put them.
+        before: What they were fitted to.
+        after: The same network with rounded weights: what they are for from now on; how it was before is kept in their facts.
+    """
+    from .runs import read_tensors
+
+    written = []
+    for name in variance_names([folder]):
+        file = folder / f"{name}.safetensors"
+        tensors, metadata = read_tensors(file)
+        facts = _facts(file, metadata)
+        if facts["trunk"] == fingerprint(before):
+            written.append(_written(target, tensors, {**facts, "trunk": fingerprint(after), "fitted_to": facts["trunk"]}))
+    return written
 
 
 def variance_names(folders: Sequence[Path]) -> list[str]:
