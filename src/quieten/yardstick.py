@@ -49,6 +49,7 @@ class Yardstick:
             raise ValueError(f"`n` must be at least 16 samples for a distance (got {n})")
         generator = torch.Generator().manual_seed(seed)
         self.n, self.seed, self.name = n, seed, f"{held.name}, held out"
+        self.pictures = train.images.dtype == torch.uint8
         self.extractor = _extractor(kind, train)
         self.real, _ = train.batch(torch.randperm(len(train), generator=generator)[:n])
         held_x, _ = held.batch(torch.randperm(len(held), generator=generator)[: max(n, 10_000)])
@@ -60,8 +61,9 @@ class Yardstick:
         self.about = f"{what}, n={n} against {len(held_x)} held out"
 
     def __call__(self, x: Tensor) -> Result:
-        """The distance of samples x (n, *)."""
+        """The distance of samples x (n, *); pictures are held in [-1, 1], as when they are written."""
         x = x.detach().cpu().float()
+        x = x.clamp(-1.0, 1.0) if self.pictures else x
         if self.extractor is None:
             assert isinstance(self.reference, Tensor)
             return sliced_wasserstein(
