@@ -4,7 +4,7 @@
     python benchmarks/dxmi_fashion.py dxmi-4 --n 5000 --threads 1 --check
 
 Every row is a Frechet distance of n samples, all classes in turn, no guidance, to the 60,000 training images, on the features
-of `Extractor.zoo("fashion-mnist")`. Samples of everybody are held in [-1, 1], as pictures are. Policies were chosen by other noise
+of `Extractor.zoo("fashion-mnist")`. All samples are held in [-1, 1], as pictures are. Policies were chosen by other noise
 against the test images. Rows that were measured are kept in --results, and not measured again.
 
 --check wants each policy of up to 5 steps at or below ddpm in 100, each of 10 below dpm++ in 10, of as many samples.
