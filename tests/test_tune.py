@@ -275,8 +275,11 @@ def test_data_that_do_not_fit_are_refused(toy: Path, tmp_path: Path) -> None:
         Start(T=2, head_start=0, value="perceptron", width=16, train_std="all"),
         Start(T=1, head_start=0, settings={"time_cost": "sigmoid", "n_generator": "all", "value_clip": 0.1}),
         Start(T=2, head_start=0, settings={"n_critic": 2, "entropy_in_value": 0, "velocity_in_value": 0}),
+        Start(T=2, head_start=0, method="sft-pg", settings={"n_generator": 2}),
+        Start(T=2, head_start=0, method="sft-ppo"),
+        Start(T=2, head_start=0, method="bptt"),
     ],
-    ids=lambda start: f"{start.start}-{start.T}-{start.value}",
+    ids=lambda start: f"{start.method}-{start.start}-{start.T}-{start.value}",
 )
 @pytest.mark.filterwarnings("ignore:a chain of")
 def test_every_start_tunes_saves_and_loads(toy: Path, tmp_path: Path, start: Start) -> None:
@@ -414,7 +417,7 @@ def test_the_command_line_tunes_and_samples(toy: Path, tmp_path: Path, typed: Ty
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--steps", "2", "--method", "ppo"), "`method` 'ppo'"),
+        (("--steps", "2", "--method", "ppo"), "`method` 'ppo' is unknown: did you mean 'sft-ppo'?"),
         (("--n-generator", "many"), "--n-generator many"),
         (("--set", "value_resampel=true"), "did you mean 'value_resample'"),
         (("--set", "nonsense"), "NAME=VALUE"),

@@ -29,10 +29,13 @@ from .tuning import Settings
 
 __all__ = ["METHODS", "STARTS", "Start", "few_grid", "make_policy", "make_update", "make_value", "section", "start_of"]
 
-METHODS: dict[str, str] = {
-    "dxmi": "imitation:MaxEntIRL",
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dxmi": ("imitation:MaxEntIRL", {}),
+    "sft-pg": ("policy_gradient:PolicyGradient", {}),
+    "sft-ppo": ("policy_gradient:PolicyGradient", {"clip_ratio": 0.2}),
+    "bptt": ("policy_gradient:FullGradient", {}),
 }
-"""Methods by name -> "module:class" of this package: made of (policy, value, settings=...), or of a reward too."""
+"""Methods by name -> "module:class" of this package, made of (policy, value, settings=...), and further arguments."""
 
 STARTS = ("ddpm", "ddim", "fastdpm", "ocm")
 """What the first policy's noise is: the ancestral kernel's; a share of it; FastDPM's chain; the learned variance's."""
@@ -236,7 +239,8 @@ def make_value(policy: Policy, start: Start, classes: int) -> nn.Module:
 
 def make_update(policy: Policy, start: Start, plan: Train, data: Dataset, reward: Any = None) -> MaxEntIRL:
     """Policy, value and optimisers of a method, from `plan.seed`."""
-    module, name = METHODS[start.method].split(":")
+    where, options = METHODS[start.method]
+    module, name = where.split(":")
     kind = getattr(importlib.import_module(f".{module}", __package__), name)
     optimizer = {"betas": plan.betas, "lr_policy": plan.lr, "ema": None}
     settings = Settings(**{**SMALL, **start.settings, **optimizer})
@@ -246,9 +250,9 @@ def make_update(policy: Policy, start: Start, plan: Train, data: Dataset, reward
         value = make_value(policy, start, classes).to(policy.denoiser.device)
         update: MaxEntIRL
         if reward is not None:
-            update = kind(policy, reward, value, settings=settings)
+            update = kind(policy, reward, value, settings=settings, **options)
         else:
-            update = kind(policy, value, settings=settings, s2=_moves(policy, data, plan.seed))
+            update = kind(policy, value, settings=settings, s2=_moves(policy, data, plan.seed), **options)
     return update
 
 

@@ -17,7 +17,9 @@ def tune(
     source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
     data: Annotated[str, typer.Argument(help="What it was trained on: a data set's name, or a path.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the policy, each one evaluation. Default: 4.")] = None,
-    method: Annotated[str | None, typer.Option(help="dxmi (default), or a baseline: sft-pg, sft-ppo.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="dxmi (default), or a baseline: sft-pg, sft-ppo, bptt (through all steps).")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What it is sampled by. Default: the method and the steps, dxmi-4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: `policy` in the run; ./policy for zoo and hub.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Examples to show. Default: 64,000.")] = None,
