@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -296,7 +296,7 @@ class MaxEntIRL(nn.Module):
         x, k, cond = pairs.x, pairs.k.to(pairs.x.device), pairs.cond
         self.policy.train()
         p = self.policy.step(x, k, **cond)
-        x_next = p.sample(draws.normal(x, f"policy {turn}"))
+        x_next = p.sample(draws.normal(x, f"policy {turn}")[pairs.places[1].to(x.device)])  # the noise of its row
         final = int((pairs.k == self.policy.T - 1).sum())
         v = self._next_value(x_next, k + 1, cond, final=final)
         costs = self._step_costs(x, k, p, x_next, cond)
@@ -374,11 +374,14 @@ class MaxEntIRL(nn.Module):
         dims = max(1, x[:1].numel()) if self.settings.reduction == "mean" else 1
         return p.kl(ref) / dims
 
-    def _descend(self, name: str, loss: Tensor, clip: float | None, average: Average | None, where: str = "") -> Tensor:
-        """A step of one optimiser; returns the norm of the gradient before it was clipped."""
+    def _descend(
+        self, name: str, loss: Tensor | Iterable[Tensor], clip: float | None, average: Average | None, where: str = ""
+    ) -> Tensor:
+        """A step of one optimiser on a loss, or on a sum whose terms come one by one; the norm of the gradient, unclipped."""
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            part.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if average is not None:
             for p in parameters:  # a process without examples has no gradient, the others wait for it
