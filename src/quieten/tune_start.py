@@ -37,8 +37,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Methods by name -> "module:class" of this package, made of (policy, value, settings=...), and further arguments."""
 
-STARTS = ("ddpm", "ddim", "fastdpm", "ocm")
-"""What the first policy's noise is: the ancestral kernel's; a share of it; FastDPM's chain; the learned variance's."""
+STARTS = {"ddim": 0.5, "ddpm": 1.0, "fastdpm": 1.0, "ocm": 1.0}
+"""What the first policy is -> its share of the ancestral noise, unless told otherwise: DDIM with some noise, the ancestral
+kernel, FastDPM's chain, the ancestral kernel with a learned variance. Half the noise makes better samples to start from."""
 
 SMALL: dict[str, Any] = {
     "tau1": 0.003,
@@ -60,7 +61,7 @@ class Start:
         T: Steps, each one evaluation of the network.
         method: A key of `METHODS`.
         start: One of `STARTS`.
-        eta: Share of the ancestral noise in the mean's kernel, above 0 to 1; None is 1, and 0.5 for "ddim".
+        eta: Share of the ancestral noise in the mean's kernel, above 0 to 1; None is that of `STARTS`.
         sigma_min: Of the last finite level, sigma / alpha; None is that of `few_grid`.
         sigma_max: Of the first level, likewise.
         rho: Bends the levels between them, likewise.
@@ -80,8 +81,8 @@ class Start:
 
     T: int = 4
     method: str = "dxmi"
-    start: Literal["ddpm", "ddim", "fastdpm", "ocm"] = "ddpm"
-    eta: float = 1.0
+    start: Literal["ddim", "ddpm", "fastdpm", "ocm"] = "ddim"
+    eta: float | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float | None = None
@@ -104,7 +105,7 @@ class Start:
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise ValueError(f"`{name}` {given!r} is unknown{nearest(str(given), known)} (known: {', '.join(known)})")
-        if not 0 < self.eta <= 1:
+        if not 0 < self.share <= 1:
             raise ValueError(f"`eta` must lie above 0, up to 1 (got {self.eta}): a policy needs noise")
         if self.adapters < 0 or self.head_start < 0 or not 0 <= self.value_decay <= 1:
             raise ValueError("`adapters` and `head_start` must not be negative, `value_decay` must lie in [0, 1] "
@@ -116,6 +117,11 @@ class Start:
                 raise ValueError(f"`settings` knows no {name!r}{remedy}")
         Settings(**{**SMALL, **self.settings})
 
+    @property
+    def share(self) -> float:
+        """The share of the ancestral noise."""
+        return STARTS[self.start] if self.eta is None else self.eta
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the method, as plain values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
@@ -126,8 +132,8 @@ VALUES = ("auto", "encoder", "residual", "perceptron")
 
 def section(
     T: int = 4,
-    start: Literal["ddpm", "ddim", "fastdpm", "ocm"] = "ddpm",
-    eta: float = 1.0,
+    start: Literal["ddim", "ddpm", "fastdpm", "ocm"] = "ddim",
+    eta: float | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     rho: float | None = None,
@@ -162,11 +168,11 @@ def start_of(method: str, options: dict[str, Any]) -> Start:
 def few_grid(T: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float | None = None) -> Tensor:
     """Levels for so few steps that tuning has to repair them anyway: log-SNRs, float64 (T + 1,), to +inf.
 
-    Between sigma / alpha of 10 (where data of unit size is lost in noise) and 0.2 / 0.08 in 4 / 10 steps: the step to the data
+    Between sigma / alpha of 10 (20 in 10 steps), where next to nothing is left of data, and 0.2 (0.08): the step to the data
     has to be as large as the others, or it is wasted.
     """
     low = 0.8 / T if sigma_min is None else sigma_min
-    high = 10.0 if sigma_max is None else sigma_max
+    high = max(10.0, 2.0 * T) if sigma_max is None else sigma_max
     if not 0 < low < high:
         raise ValueError(f"`sigma_min` must lie in (0, sigma_max) (got {low}, {high})")
     return karras(T, low, high, 5.0 if rho is None else rho)
@@ -185,7 +191,7 @@ def make_policy(source: Source, start: Start, data: Dataset | None = None, seed:
     grid = few_grid(start.T, start.sigma_min, start.sigma_max, start.rho)
     std: Tensor | None = None
     if start.start == "fastdpm":
-        chain = fastdpm(start.T, kappa=start.eta)
+        chain = fastdpm(start.T, kappa=start.share)
         grid = chain.grid
     elif start.start == "ocm":
         std = _learned_std(source, grid, start, data, seed)
@@ -198,7 +204,7 @@ def make_policy(source: Source, start: Start, data: Dataset | None = None, seed:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         return Policy(
-            denoiser, grid, Ancestral(start.eta, spread=False), std=std, trained=start.train_std, last_std=start.last_std,
+            denoiser, grid, Ancestral(start.share, spread=False), std=std, trained=start.train_std, last_std=start.last_std,
             shape=None if data is None else data.shape,
         )  # fmt: skip
 
@@ -216,7 +222,7 @@ def _learned_std(source: Source, grid: Tensor, start: Start, data: Dataset | Non
     device = source.denoiser.device
     cond = {} if label is None or not source.classes else {"label": label.to(device)}
     draws = Draws(seed, 0, torch.arange(len(x0)))
-    inner = Ancestral(start.eta)
+    inner = Ancestral(start.share)
     return moment_std(model, grid, x0.to(device), inner, draws=draws, cond=cond, last_std=start.last_std).float().cpu()
 
 

@@ -28,10 +28,12 @@ def tune(
     value_lr: Annotated[float | None, typer.Option(help="Of the value, far above --lr. Default: 3e-4.")] = None,
     std_lr: Annotated[float | None, typer.Option(help="Of the log standard deviations. Default: 3e-4.")] = None,
     start: Annotated[
-        str | None, typer.Option(help="First noise: ddpm (default), ddim with --eta, fastdpm, ocm (a fitted variance).")
+        str | None, typer.Option(help="First policy: ddim with --eta (default), ddpm, fastdpm, ocm (a fitted variance).")
     ] = None,
-    eta: Annotated[float | None, typer.Option(help="Share of the ancestral noise in the first policy. Default: 1.")] = None,
-    sigma_max: Annotated[float | None, typer.Option(help="First level, sigma / alpha. Default: 10.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Share of the ancestral noise in the first policy. Default: 0.5, ddpm 1.")
+    ] = None,
+    sigma_max: Annotated[float | None, typer.Option(help="First level, sigma / alpha. Default: 10, or 2 x steps.")] = None,
     sigma_min: Annotated[float | None, typer.Option(help="Last level before the data. Default: 0.8 / steps.")] = None,
     train_std: Annotated[
         str | None, typer.Option(help="Which noise is trained: fix_last (default), all, none, fix_last3.")
