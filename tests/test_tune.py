@@ -414,6 +414,27 @@ def test_the_command_line_tunes_and_samples(toy: Path, tmp_path: Path, typed: Ty
         assert np.abs(written["images"].astype(int) - grey.astype(int)).max() <= 1
 
 
+def test_a_diffusers_model_is_tuned_by_adapters(tmp_path: Path, typed: Type) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
+    net = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    diffusers.DDPMPipeline(net, diffusers.DDPMScheduler(num_train_timesteps=100)).save_pretrained(folder)
+    out = tmp_path / "policy"
+    ran = typed("tune", folder, "digits", "--steps", 2, "--images", 16, "--batch", 8, "--every", 16, "-n", 20, "--adapters", 2,
+                "--width", 4, "--out", out)  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "step 2: distance" in ran.err
+    tensors = load_file(out / "dxmi-2.safetensors")
+    assert all("adapter" in name or name.endswith(".scale") for name in tensors if name.startswith("network."))
+    arrays = tmp_path / "x.npz"
+    policy = out / "dxmi-2.safetensors"
+    ran = typed("sample", folder, "--policy", policy, "-n", 4, "--out", tmp_path / "x.png", "--npz", arrays)
+    assert ran.code == 0, ran.err
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ def tune(
     name = _checked(name or f"{start.method}-{start.T}")
     folder = Path(out).expanduser() if out is not None else source.policies[0]
     _check_fit(source, data)
+    if not source.classes:
+        data = replace(data, labels=None, classes=())
     rng = torch.get_rng_state()
     try:
         torch.manual_seed(plan.seed)
