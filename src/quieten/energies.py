@@ -150,6 +150,7 @@ class PerceptronValue(ValueNet):
         depth: Number of hidden layers.
         classes: Number of classes; 0 ignores labels.
         terminal: Whether it is the energy too; False where a separate energy is.
+        scale: Factor on the input that brings it to unit size, such as sqrt(D) on the unit sphere.
 
     Example:
         >>> V = PerceptronValue(2, T=5)
@@ -165,8 +166,10 @@ class PerceptronValue(ValueNet):
         depth: int = 3,
         classes: int = 0,
         terminal: bool = True,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(shape, T, classes, terminal)
+        self.scale = scale
         if width < 1 or depth < 1:
             raise ValueError(f"`width` and `depth` must be at least 1 (got {width}, {depth})")
         self.stem = nn.Linear(math.prod(self.shape), width)
@@ -176,7 +179,8 @@ class PerceptronValue(ValueNet):
         self.out = nn.Linear(width, 1)
 
     def _value(self, x: Tensor, embedded: Tensor | None, label: Tensor | None) -> Tensor:
-        h = self.stem(x.flatten(1))
+        x = x.flatten(1)
+        h = self.stem(x if self.scale == 1.0 else self.scale * x)
         if embedded is not None:
             h = h + embedded
         if self.label is not None:
@@ -285,7 +289,8 @@ class AutoencoderEnergy(nn.Module):
 
     .. math:: E(x) = s^2 \|x - g(f(x))\|^2 / \tau
 
-    On the unit sphere, the latent and the reconstruction are normalised, and x should be.
+    On the unit sphere, the latent and the reconstruction are normalised, and x should be; both networks receive them blown up
+    to unit size per dimension.
 
     Arguments:
         encoder: Maps x (B, *) to latents (B, L).
@@ -313,12 +318,14 @@ class AutoencoderEnergy(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents (B, L)."""
-        z = self.encoder(x)
-        return _unit(z) if self.sphere else z
+        if not self.sphere:
+            z: Tensor = self.encoder(x)
+            return z
+        return _unit(self.encoder(x * math.sqrt(x[:1].numel())))  # layers start for inputs of unit size
 
     def decode(self, z: Tensor) -> Tensor:
         """Examples (B, *) of latents."""
-        x = self.decoder(z)
+        x = self.decoder(z * math.sqrt(z.shape[1]) if self.sphere else z)
         return _unit(x) if self.sphere else x
 
     def forward(self, x: Tensor, k: int | Tensor | None = None, **cond: Any) -> Tensor:
