@@ -1,0 +1,397 @@
+"""`quieten score`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data import Dataset, Order
+from ..files import write_atomic, writing
+from ..progress import Progress
+from ..scores import AUROC, auroc, denoising_errors, neighbour_distance, reconstruction_error, roc
+from ..source import Source, open_source
+from .variance import examples
+
+__all__ = ["BY", "score", "tuned_energy"]
+
+BY = {
+    "energy": "the energy that a policy was tuned with",
+    "loss": "the denoising loss, mean squared error of the noise",
+    "elbo": "the bound on -log p, nats per dimension",
+    "pca": "squared distance to the principal components of normal training data",
+    "knn": "mean distance to the nearest normal training data",
+    "detector": "an energy trained by DxMI on normal training data, on the unit sphere",
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was scored.
+
+    Attributes:
+        scores: (N,), high is strange.
+        where: (N, H, W), the share of each position, where the score has one.
+        x0: The examples (N, *).
+        labels: Numbers of `classes`, where there are any.
+        strange: bool (N,), the truth; None where nobody said.
+        classes: Names.
+    """
+
+    scores: Tensor
+    where: Tensor | None
+    x0: Tensor
+    labels: Tensor | None
+    strange: Tensor | None
+    classes: tuple[str, ...]
+
+
+def score(
+    source: str,
+    data: str,
+    *,
+    by: str | None = None,
+    policy: str | None = None,
+    normal: str | None = None,
+    against: str | None = None,
+    split: str = "test",
+    n: int | None = None,
+    levels: int = 8,
+    seed: int = 0,
+    out: Path | None = None,
+    batch: int = 256,
+    weights: str = "ema",
+    device: str | None = None,
+) -> AUROC | None:
+    """Scores examples, writes numbers and pictures, prints where they are; the arguments are the command's options.
+
+    Returns:
+        The area under the ROC curve, where it is known which examples are strange.
+
+    Raises:
+        ValueError: For options that make no sense together, or that the model or the data cannot serve.
+    """
+    if by is not None and by not in BY:
+        from ..parts import nearest
+
+        raise ValueError(f"`--by {by}` is unknown{nearest(by, BY)} (known: {', '.join(BY)})")
+    if normal is not None and against is not None:
+        raise ValueError("`--normal` says which classes are normal, `--against` that all of DATA is: give one of them")
+    opened = open_source(source, weights, device)
+    names = _policies(opened)
+    by = ("energy" if policy is not None or names else "loss") if by is None else by
+    if by == "energy" and not names and policy is None:
+        raise ValueError("`--by energy` needs a policy: tune one with `quieten tune`, or take --by loss")
+    tests, strange = _tests(opened, data, against, normal, split, n, seed)
+    x0 = tests.all()
+    folder = _folder(opened, out, f"{tests.name}-{split}-{by}")
+    trained = _normal_training(opened, data, normal) if by in ("pca", "knn", "detector") else None
+    scores, where = _measure(by, opened, tests, x0, trained, policy or (names[-1] if names else ""), levels, seed, batch)
+    scored = Scored(scores, where, x0, tests.labels, strange, tests.classes)
+    area = None if strange is None else auroc(scores, strange)
+    protocol = {
+        "source": source, "weights": opened.weights, "data": data, "split": split, "by": by, "what": BY[by], "normal": normal,
+        "against": against, "seed": seed, "n": len(x0),
+    }  # fmt: skip
+    _write(folder, scored, area, protocol)
+    told = f"from {float(scores.min()):.4g} to {float(scores.max()):.4g}, median {float(scores.median()):.4g}"
+    print(f"{BY[by]}: {len(x0):,} examples, {told}")
+    if area is not None:
+        print(area)
+    print(folder)
+    return area
+
+
+# ---- what is scored
+
+
+def _tests(
+    opened: Source, data: str, against: str | None, normal: str | None, split: str, n: int | None, seed: int
+) -> tuple[Dataset, Tensor | None]:
+    tests = _some(examples(opened, data, split), n, seed)
+    _check(opened, tests)
+    if against is not None:
+        others = _some(examples(opened, against, split), n, seed)
+        _check(opened, others)
+        both = torch.cat([tests.all(), others.all()])
+        strange = torch.arange(len(both)) >= len(tests)
+        return Dataset(f"{tests.name}-against-{others.name}", both, None, ()), strange
+    if normal is None:
+        return tests, None
+    if tests.labels is None:
+        raise ValueError(f"`--normal` needs labels, {tests.name} has none: leave it out, or use --against")
+    return tests, ~torch.isin(tests.labels, torch.tensor(_numbers(normal, tests.classes)))
+
+
+def _some(data: Dataset, n: int | None, seed: int) -> Dataset:
+    if n is None or n >= len(data):
+        return data
+    return data.subset(Order(len(data), n, seed).indices(0).sort().values)
+
+
+def _check(opened: Source, data: Dataset) -> None:
+    shape = opened.denoiser.shape
+    if shape is not None and data.shape != tuple(shape):
+        raise ValueError(f"{data.name} has examples of shape {data.shape}, this model {tuple(shape)}: give other data")
+
+
+def _numbers(names: str, classes: tuple[str, ...]) -> list[int]:
+    from ..parts import nearest
+
+    known = {name.lower(): i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    out = []
+    for name in (part.strip() for part in names.split(",")):
+        if name.lower() not in known:
+            raise ValueError(f"`--normal {name}` is no class{nearest(name, classes)} (classes: {', '.join(classes)})")
+        out.append(known[name.lower()])
+    return out
+
+
+def _normal_training(opened: Source, data: str, normal: str | None) -> Tensor:
+    """Training examples of the normal classes, of all without `--normal`."""
+    train = examples(opened, data, "train")
+    if normal is not None and train.labels is not None:
+        train = train.subset(torch.isin(train.labels, torch.tensor(_numbers(normal, train.classes))))
+    if not len(train):
+        raise ValueError(f"`--normal {normal}` has no training examples in {train.name}")
+    return train.all()
+
+
+# ---- scores
+
+
+def _measure(
+    by: str,
+    opened: Source,
+    tests: Dataset,
+    x0: Tensor,
+    trained: Tensor | None,
+    policy: str,
+    levels: int,
+    seed: int,
+    batch: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The scores, and the share of each position where there is one."""
+    if trained is not None:
+        if by == "detector":
+            return _by_detector(trained, x0, seed), None
+        return (reconstruction_error if by == "pca" else neighbour_distance)(trained, x0), None
+    with Progress(len(x0), 0, by, unit="examples") as progress:
+        if by == "energy":
+            return _by_energy(tuned_energy(opened, policy), x0, batch, opened.denoiser.device, progress.update)
+        cond = _unconditional(opened, tests)
+        if by == "elbo":
+            return _by_bound(opened, x0, cond, seed, batch, progress.update), None
+        errors = denoising_errors(
+            opened.denoiser, x0, _levels(opened, levels), cond=cond, seed=seed, batch=batch, progress=progress.update
+        )
+    return errors.flatten(1).mean(1), errors.mean(1) if errors.ndim == 4 else None
+
+
+def _unconditional(opened: Source, tests: Dataset) -> dict[str, Tensor]:
+    """Conditions that say nothing, so that a score does not know the class; labels where a model cannot do without."""
+    n = len(tests)
+    if opened.null or not opened.classes:
+        return {name: torch.full((n,), value) for name, value in opened.null.items()}
+    if tests.labels is None or len(tests.classes) != len(opened.classes):
+        raise ValueError(f"this model needs labels of {len(opened.classes)} classes, and learned no null label: give the data "
+                         "it was trained on, or --by pca")  # fmt: skip
+    return {"label": tests.labels}
+
+
+def _levels(opened: Source, count: int) -> list[float]:
+    """Log-SNRs to measure the loss at: even in u on the curve of training, else along the model's own grid."""
+    if opened.schedule is None:
+        return [lam for lam in opened.grid(count, None).tolist() if abs(lam) < float("inf")]
+    with torch.no_grad():
+        return [float(lam) for lam in opened.schedule((torch.arange(count, dtype=torch.float64) + 0.5) / count)]
+
+
+def _by_bound(
+    opened: Source, x0: Tensor, cond: Mapping[str, Tensor], seed: int, batch: int, progress: Callable[[int], None]
+) -> Tensor:
+    from ..decoders import Plain
+    from ..likelihood import evaluate, fit_decoder
+    from ..transition import Ancestral
+
+    grid = opened.grid(20, None)
+    few = slice(0, min(128, len(x0)))
+    some = {name: value[few] for name, value in cond.items()}
+    clean, kernel = float(grid[-2]), Ancestral(spread=False)
+    decoder = fit_decoder(
+        Plain(), opened.denoiser, x0[few], clean, cond=some, seed=seed, encoder=opened.encoder, transition=kernel
+    )
+    bound = evaluate(
+        opened.denoiser, x0, decoder, grid, cond=cond, seed=seed, batch=batch, encoder=opened.encoder, transition=kernel,
+        progress=progress,
+    )  # fmt: skip
+    return bound.total / bound.dims
+
+
+def _by_detector(trained: Tensor, x0: Tensor, seed: int) -> Tensor:
+    from ..anomaly import Detector, Plan
+
+    plan = Plan()
+    with Progress(plan.pretrain + plan.iterations, 0, "detector", unit="steps") as progress:
+        detector = Detector.fit(trained.flatten(1), plan, seed=seed, progress=lambda i, _: progress.update(i))
+    return detector.score(x0.flatten(1))
+
+
+@torch.no_grad()
+def _by_energy(
+    energy: nn.Module, x0: Tensor, batch: int, device: torch.device, progress: Callable[[int], None]
+) -> tuple[Tensor, Tensor | None]:
+    """Energies; of a value that tells classes apart, the least over classes, so that labels are not given away."""
+    T, classes = getattr(energy, "T", None), int(getattr(energy, "classes", 0) or 0)
+    per = getattr(energy, "per_position", None)
+    scores, maps = [], []
+    for rows in x0.split(batch):
+        x = rows.to(device)
+        labels = [torch.full((len(x),), c, device=device) for c in range(classes)]
+        conds: list[dict[str, Tensor]] = [{"label": label} for label in labels] or [{}]
+        each = torch.stack([energy(x, T, **cond) for cond in conds])
+        scores.append(each.amin(0).cpu())
+        if per is not None:
+            places = torch.stack([per(x, T, **cond) for cond in conds])
+            maps.append(places[each.argmin(0), torch.arange(len(x), device=device)].cpu())
+        progress(sum(map(len, scores)))
+    where = torch.cat(maps) if maps else None
+    return torch.cat(scores), where if where is not None and where.ndim == 3 else None
+
+
+def _policies(opened: Source) -> list[str]:
+    """Names of the policies whose energy was kept beside them, the latest last."""
+    found = [file.parent for folder in opened.policies for file in folder.glob("*/ema.safetensors")]
+    return [folder.name for folder in sorted(found, key=lambda folder: (folder / "ema.safetensors").stat().st_mtime)]
+
+
+def tuned_energy(opened: Source, name: str) -> nn.Module:
+    """The energy that a policy was tuned with, as it is in the latest checkpoint (averaged weights), without gradients.
+
+    Arguments:
+        opened: The model.
+        name: Of the policy, a folder in one of `opened.policies`.
+
+    Raises:
+        ValueError: If there is none, or it is damaged.
+    """
+    from ..policies import load_policy
+    from ..runs import Run, read_tensors, restore
+    from ..tune_start import make_value, start_of
+
+    folder = next((f / name for f in opened.policies if (f / name / "ema.safetensors").is_file()), None)
+    if folder is None:
+        known = ", ".join(_policies(opened)) or "none"
+        raise ValueError(f"no policy {name!r} with its energy lies beside this model (known: {known}): the folder of that name "
+                         "keeps it, tune one with `quieten tune`")  # fmt: skip
+    recipe = Run.open(folder).recipe
+    section = recipe.section("tune")
+    if section is None:
+        raise ValueError(f"{folder} was not made by `quieten tune`: name another policy")
+    file = folder / "ema.safetensors"
+    tensors = {key.removeprefix("value."): t for key, t in read_tensors(file)[0].items() if key.startswith("value.")}
+    start = start_of(section.kind, dict(section.options))
+    policy = load_policy(opened.policies, name, opened.denoiser)
+    value = make_value(policy, start, len(recipe.data.classes)).to(opened.denoiser.device)
+    restore(value, tensors, file)
+    return value.eval().requires_grad_(False)
+
+
+# ---- what is written
+
+
+def _folder(opened: Source, out: Path | None, name: str) -> Path:
+    if out is None:
+        home = opened.home
+        out = home.parent / "scores" / name if home.name == "samples" else home / f"scores-{name}"
+    out = out.expanduser()
+    if out.is_file():
+        raise ValueError(f"`--out {out}` must be a folder, it is a file: name another")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _write(folder: Path, scored: Scored, area: AUROC | None, protocol: Mapping[str, Any]) -> None:
+    arrays = {"scores": scored.scores.numpy()}
+    for name in ("where", "labels", "strange"):
+        value = getattr(scored, name)
+        arrays |= {} if value is None else {name: value.numpy()}
+    buffer, text = io.BytesIO(), io.StringIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    table = csv.writer(text, lineterminator="\n")
+    columns = ["index", "score", *(name for name in ("labels", "strange") if name in arrays)]
+    table.writerow(columns)
+    rows = [[f"{v:.8g}" for v in scored.scores.tolist()], *(arrays[name].astype(int).tolist() for name in columns[2:])]
+    table.writerows([i, *row] for i, row in enumerate(zip(*rows, strict=True)))
+    told = dict(protocol) | ({} if area is None else {"auroc": area.value, "error": area.error})
+    with writing(folder):
+        write_atomic(folder / "scores.npz", buffer.getvalue())
+        write_atomic(folder / "scores.csv", text.getvalue().encode())
+        write_atomic(folder / "scores.json", json.dumps(told, indent=1).encode())
+        write_atomic(folder / "histogram.png", _histogram(scored, str(protocol["what"])))
+        if scored.strange is not None and area is not None:
+            write_atomic(folder / "roc.png", _curve(scored.scores, scored.strange, area))
+        _pictures(folder, scored)
+
+
+def _histogram(scored: Scored, what: str) -> bytes:
+    from ..plots import COLOURS, INK, figure_axes
+
+    figure, axes = figure_axes(what, "examples")
+    scores = scored.scores.double()
+    low, high = float(scores.quantile(0.002)), float(scores.quantile(0.998))
+    bins = max(10, min(60, round(2 * len(scores) ** 0.5)))
+    edges = [low + (high - low + 1e-12) * i / bins for i in range(bins + 1)]
+    groups = {"": scores} if scored.strange is None else {"normal": scores[~scored.strange], "strange": scores[scored.strange]}
+    for (label, values), colour in zip(groups.items(), COLOURS, strict=False):
+        axes.hist(values.numpy().clip(edges[0], edges[-1]), edges, color=colour, alpha=0.6, label=label)
+    if scored.strange is not None:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=10.5)
+    return _png(figure)
+
+
+def _curve(scores: Tensor, strange: Tensor, area: AUROC) -> bytes:
+    from ..plots import COLOURS, INK, figure_axes
+
+    figure, axes = figure_axes("false alarms", "found")
+    alarms, finds = roc(scores, strange)
+    axes.plot(alarms.numpy(), finds.numpy(), color=COLOURS[0], linewidth=1.8, label=f"area {area.value:.3f} ± {area.error:.3f}")
+    axes.plot([0, 1], [0, 1], color=INK, alpha=0.5, linewidth=1, linestyle=":")
+    axes.set_aspect("equal")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=10.5, loc="lower right")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, facecolor="white")
+    return buffer.getvalue()
+
+
+def _pictures(folder: Path, scored: Scored) -> None:
+    """Two rows of the least strange and two of the strangest; and where the strangest are so."""
+    from ..plots import save_grid
+
+    if scored.x0.ndim != 4 or scored.x0.shape[1] not in (1, 3):
+        return
+    order = scored.scores.argsort()
+    few = min(16, max(1, len(order) // 2))
+    save_grid(torch.cat([scored.x0[order[:few]], scored.x0[order[-few:].flip(0)]]), folder / "examples.png", columns=8)
+    if scored.where is None:
+        return
+    from ..anomaly import upsampled
+
+    top = order[-min(8, len(order)) :].flip(0)
+    heat = upsampled(scored.where[top].float(), (scored.x0.shape[2], scored.x0.shape[3]))
+    low, high = heat.flatten(1).amin(1)[:, None, None], heat.flatten(1).amax(1)[:, None, None]
+    shades = (2.0 * (heat - low) / (high - low).clamp_min(1e-12) - 1.0)[:, None].expand_as(scored.x0[top])
+    save_grid(torch.cat([scored.x0[top], shades]), folder / "where.png", columns=len(top))
