@@ -11,6 +11,7 @@ Nothing is fetched when the page opens; a content policy in the file forbids it.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 import os
@@ -48,6 +49,7 @@ class Report:
         self._blocks: list[str] = []
         self._sections: list[str] = []
         self._figures = 0
+        self._script = False
 
     def section(self, title: str) -> Report:
         """A heading; three or more of them get a table of contents."""
@@ -71,6 +73,17 @@ class Report:
         self._blocks.append(f'<pre tabindex="0"><code>{escape(command)}</code></pre>')
         return self
 
+    def add(self, fragment: str, script: bool = False) -> Report:
+        """A piece of HTML as it is: what stands in it must have been escaped.
+
+        Arguments:
+            fragment: Well-formed, without scripts of its own, which the page's content policy would stop.
+            script: Whether it wants `report.js`, which acts on legends, points with `data-tip` and sortable tables.
+        """
+        self._blocks.append(fragment)
+        self._script |= script
+        return self
+
     def table(
         self,
         headers: Sequence[str],
@@ -79,6 +92,7 @@ class Report:
         *,
         best: Mapping[str, Literal["min", "max"]] | None = None,
         digits: int = 3,
+        ids: Sequence[str] | None = None,
     ) -> Report:
         """A table; columns of numbers stand flush right, with the same decimals down the column.
 
@@ -88,6 +102,7 @@ class Report:
             caption: Says what the table shows.
             best: Columns in which to mark the smallest or the greatest number.
             digits: Significant digits of a column's middle value.
+            ids: One per row, to link to; the table can then be sorted by a click on a header, where scripts run.
         """
         best = dict(best or {})
         for k, row in enumerate(rows):
@@ -99,14 +114,20 @@ class Report:
         aligned = [' class="num"' if numeric else "" for _, numeric in columns]
         head = "".join(f'<th scope="col"{c}>{escape(h)}</th>' for h, c in zip(headers, aligned, strict=True))
         body = []
-        for k in range(len(rows)):
-            first = f'<th scope="row"{aligned[0]}>{columns[0][0][k]}</th>' if columns else ""
-            rest = (f"<td{c}>{cells[k]}</td>" for (cells, _), c in zip(columns[1:], aligned[1:], strict=True))
-            body.append(f"<tr>{first}{''.join(rest)}</tr>")
+        for k, row in enumerate(rows):
+            plain = ids is None
+            values = ["" if plain or not c else _data(cell) for cell, (_, c) in zip(row, columns, strict=True)]
+            first = f'<th scope="row"{aligned[0]}{values[0]}>{columns[0][0][k]}</th>' if columns else ""
+            cells = zip(columns[1:], aligned[1:], values[1:], strict=True)
+            rest = (f"<td{c}{value}>{shown[k]}</td>" for (shown, _), c, value in cells)
+            name = "" if ids is None else f' id="{escape(ids[k])}"'
+            body.append(f"<tr{name}>{first}{''.join(rest)}</tr>")
         note = '<p class="note">★ best in its column</p>' if best else ""
+        self._script |= ids is not None
+        kind = "" if ids is None else ' class="sortable"'
         self._blocks.append(
             f'<figure class="table">{_caption(caption)}<div class="scroll" role="region" tabindex="0" '
-            f'aria-label="{escape(caption or "table")}"><table><thead><tr>{head}</tr></thead>'
+            f'aria-label="{escape(caption or "table")}"><table{kind}><thead><tr>{head}</tr></thead>'
             f"<tbody>{''.join(body)}</tbody></table></div>{note}</figure>"
         )
         return self
@@ -147,7 +168,12 @@ class Report:
             toc = f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>'
         lead = f'<p class="lead">{_inline(self.summary)}</p>' if self.summary else ""
         style = (resources.files(__package__) / "report.css").read_text("utf-8")
-        return _PAGE.format(title=escape(self.title), style=style, lead=lead, toc=toc, body="\n".join(self._blocks))
+        body, policy = "\n".join(self._blocks), ""
+        if self._script:  # the content policy knows it by its hash, so that no other script can run
+            script = (resources.files(__package__) / "report.js").read_text("utf-8")
+            policy = f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+            body += f"\n<script>{script}</script>"
+        return _PAGE.format(title=escape(self.title), style=style, policy=policy, lead=lead, toc=toc, body=body)
 
     def save(self, path: str | Path) -> Path:
         """Writes the page, whole or not at all, and returns the path."""
@@ -201,6 +227,11 @@ def _number(cell: Any) -> float | int | None:
         return cell
     value = getattr(cell, "value", None)  # a metric's Result
     return float(value) if isinstance(value, int | float) else None
+
+
+def _data(cell: Any) -> str:
+    value = _number(cell)
+    return "" if value is None or not math.isfinite(value) else f' data-value="{value!r}"'
 
 
 def _picture(image: Image | str | Path, caption: str, alt: str | None) -> str:
@@ -280,7 +311,7 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{policy}">
 <title>{title}</title>
 <style>{style}</style>
 </head>

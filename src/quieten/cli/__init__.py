@@ -8,7 +8,8 @@ from typing import NoReturn
 
 import typer
 
-from . import basic, classifier, diagnose, features, nll, variance  # noqa: F401  # each module adds its commands to the application
+# each module adds its commands to the application
+from . import basic, classifier, compare, diagnose, features, nll, score, tune, variance  # noqa: F401
 from .app import app
 
 __all__ = ["app", "main"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "Overrides", "Weights", "app"]
+__all__ = ["Device", "Overrides", "Weights", "app", "as_typed"]
 
 app = typer.Typer(
     name="quieten",
@@ -37,3 +38,21 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
+
+
+def as_typed(context: typer.Context) -> str:
+    """The command of a context with what was given to it, for reports: whoever types it gets the same."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [word for one in values for word in (max(parameter.opts, key=len), str(one))]
+    return shlex.join(words)
