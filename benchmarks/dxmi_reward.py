@@ -1,0 +1,159 @@
+"""Tuning to a reward on Fashion-MNIST: what a reward costs in distance from the reference.
+
+    python benchmarks/dxmi_reward.py brightness --taus 0.3,0.1,0.03 --threads 1 --plot reward-brightness.png
+    python benchmarks/dxmi_reward.py class:Bag --taus 1,0.3 --threads 1 --plot reward-bag.png
+    python benchmarks/dxmi_reward.py brightness --taus 0.1 --blind          # the reward is not differentiated
+
+A four-step policy of the model is tuned for each tau from the same start. `brightness` is the mean of the pixels, labels in
+turn; `class:NAME` is log p(NAME | x) of the classifier that comes with the library, the model asked without a label. Distance
+from the reference: nats along the trajectory, and the Frechet distance between both sets of samples, of the same labels and
+noise. Rows of the picture: the reference, then each tau, from the same noise. `--results` keeps what was measured, `--out` the
+policies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import header
+from quieten.classify import NoisyClassifier
+from quieten.energies import PerceptronValue
+from quieten.features import Extractor
+from quieten.files import write_atomic
+from quieten.metrics import frechet
+from quieten.noise import Noise
+from quieten.plots import save_grid
+from quieten.policies import save_policy
+from quieten.policy import Policy
+from quieten.reward import RewardTuning, reward_settings, tune_to_reward
+from quieten.source import Source, open_source
+from quieten.tune_start import few_grid
+from quieten.variance import fingerprint
+
+T = 4
+
+
+def reward_of(name: str, source: Source) -> tuple[Callable[..., Tensor], Callable[[int, int], Tensor]]:
+    """The reward, and from (first index, number) the labels that samples are drawn with."""
+    if name == "brightness":
+        return lambda x, **cond: x.flatten(1).mean(1), lambda first, n: torch.arange(first, first + n) % len(source.classes)
+    wanted = name.removeprefix("class:")
+    if wanted not in source.classes:
+        raise ValueError(f"`reward` {name!r} must be brightness or class:NAME (classes: {', '.join(source.classes)})")
+    classifier, c = NoisyClassifier.load("zoo:fashion-mnist-noisy"), source.classes.index(wanted)
+    classifier.requires_grad_(False)
+    return (
+        lambda x, **cond: classifier(x, 9.0).log_softmax(1)[:, c],
+        lambda first, n: torch.full((n,), int(source.null["label"])),
+    )
+
+
+def drawn(policy: Policy, labels: Callable[[int, int], Tensor], n: int) -> Tensor:
+    """Samples (n, 1, 28, 28), clipped, the same noise for every policy."""
+    parts = [
+        policy.rollout(min(100, n - i), Noise(77, range(i, min(i + 100, n))), {"label": labels(i, min(100, n - i))}).final
+        for i in range(0, n, 100)
+    ]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def tuned(source: Source, name: str, tau: float, options: argparse.Namespace) -> tuple[Policy, list[dict[str, float]]]:
+    """A policy tuned from the start, and what was told of each iteration."""
+    reward, labels = reward_of(name, source)
+    torch.manual_seed(options.seed)
+    policy = start(source)
+    value = PerceptronValue(policy.shape or (), T, 256, terminal=options.blind)
+    settings = reward_settings(tau, lr=options.lr, lr_std=0.0, lr_value=1e-3, policy_clip=None, n_generator=options.generator)
+    tuning = RewardTuning(policy, reward, value, differentiable=not options.blind, settings=settings)
+    batch = options.batch
+    started = time.process_time()
+
+    def told(i: int, row: dict[str, float]) -> None:
+        row["cpu_s"] = time.process_time() - started
+        if i % 10 == 0:
+            print(f"  tau {tau:g}, {i}: reward {row['reward']:.3f}, {row['nats']:.2f} nats, bias {row['bias']:.2f}", flush=True)
+
+    rows = tune_to_reward(tuning, options.iterations, batch, cond=lambda i: {"label": labels(i * batch, batch)},
+                          seed=options.seed, progress=told)  # fmt: skip
+    return policy.eval(), rows
+
+
+def start(source: Source) -> Policy:
+    """The four-step policy before tuning; its last step is drawn with 4 grey levels of noise, or no reward could move it."""
+    denoiser = deepcopy(source.denoiser).requires_grad_(True)
+    return Policy(denoiser, few_grid(T), trained="fix_last", last_std=0.03)
+
+
+def measured(policy: Policy, source: Source, name: str, reference: Tensor, n: int) -> tuple[dict[str, float], Tensor]:
+    reward, labels = reward_of(name, source)
+    x = drawn(policy, labels, n)
+    with torch.no_grad():
+        values = torch.cat([reward(part) for part in x.split(200)])
+    extractor = Extractor.zoo("fashion-mnist")
+    return {
+        "reward": float(values.mean()), "reward_error": float(values.std()) / n**0.5,
+        "frechet": frechet(x, reference, extractor, splits=0).value if n > 96 else float("nan"),
+    }, x  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reward", help="brightness or class:NAME")
+    parser.add_argument("--source", default="zoo:fashion-mnist")
+    parser.add_argument("--taus", default="0.3,0.1,0.03")
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--generator", type=int, default=1, help="policy steps of an iteration")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--n", type=int, default=500, help="samples of the table")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blind", action="store_true", help="do not differentiate the reward: fit the value to it")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=None, help="JSON of what was measured")
+    parser.add_argument("--plot", type=Path, default=None, help="PNG of samples")
+    parser.add_argument("--out", type=Path, default=None, help="folder to save the policies in, for quieten sample --policy")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    source, name = open_source(options.source, device="cpu"), options.reward
+    _, labels = reward_of(name, source)
+    print(header())
+    reference = drawn(start(source).eval(), labels, options.n)
+    row, x = measured(start(source).eval(), source, name, reference, options.n)
+    table: dict[str, Any] = {"reference": row | {"nats": 0.0}}
+    pictures = [x[:20]]
+    for tau in map(float, options.taus.split(",")):
+        policy, rows = tuned(source, name, tau, options)
+        row, x = measured(policy, source, name, reference, options.n)
+        last = rows[-max(1, len(rows) // 5) :]
+        row |= {key: sum(r[key] for r in last) / len(last) for key in ("nats", "bias")} | {"cpu_s": rows[-1]["cpu_s"]}
+        table[f"tau {tau:g}"] = row
+        pictures.append(x[:20])
+        if options.out is not None:
+            save_policy(options.out, f"{name.replace(':', '-').lower()}-{tau:g}", policy, trunk=fingerprint(source.denoiser))
+    print(
+        f"\n| {name}{', blind' if options.blind else ''} | reward | nats | Frechet distance to the reference | bias | CPU s |"
+    )
+    print("|---|---|---|---|---|---|")
+    for title, row in table.items():
+        cells = [f"{row['reward']:.3f} ± {row['reward_error']:.3f}"]
+        cells += [f"{row[key]:.2f}" if key in row else "" for key in ("nats", "frechet", "bias")]
+        print(f"| {title} | {' | '.join(cells)} | {row.get('cpu_s', 0):.0f} |")
+    if options.results is not None:
+        write_atomic(options.results, json.dumps(table, indent=1).encode())
+    if options.plot is not None:
+        save_grid(torch.cat(pictures), options.plot, columns=20, scale=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
