@@ -79,21 +79,44 @@ def test_frechet_of_rank_deficient_covariances_keeps_its_digits():
     assert frechet_distance(moments(zero, e @ e.T), moments(zero, f @ f.T)) == pytest.approx(9.0, rel=1e-12)
 
 
-def test_frechet_agrees_with_torchmetrics():
+SIZES = [(300, 200, 12), (20, 15, 40), (64, 40, 64), (10, 500, 100)]
+"""Samples of either and features: of full rank, and of less."""
+
+
+def pair(n: int, m: int, width: int) -> tuple[Tensor, Tensor]:
+    return draws(n, width, seed=1), 0.5 * draws(m, width, seed=2) + 0.2
+
+
+@pytest.mark.parametrize("n, m, width", SIZES)
+def test_frechet_agrees_with_scipy_at_any_rank(n, m, width):
+    from scipy.linalg import sqrtm
+
+    x, y = pair(n, m, width)
+    a, b = torch.cov(x.T).numpy(), torch.cov(y.T).numpy()
+    root = sqrtm(a).real
+    inner = root @ b @ root
+    want = float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(a) + np.trace(b)
+    want -= 2 * np.trace(sqrtm((inner + inner.T) / 2).real)
+    assert frechet_distance(Statistics.of(x), Statistics.of(y)) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("n, m, width", SIZES)
+def test_frechet_agrees_with_torchmetrics_at_any_rank(n, m, width):
     image = pytest.importorskip("torchmetrics.image.fid", reason="needs torchmetrics (pip install torchmetrics)")
 
     class Flatten(nn.Module):
-        num_features = 12
+        num_features = width
 
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1)
 
-    x, y = draws(300, 3, 2, 2, seed=1), 0.5 * draws(200, 3, 2, 2, seed=2) + 0.2
-    metric = image.FrechetInceptionDistance(feature=Flatten(), normalize=True).set_dtype(DOUBLE)
+    x, y = (z[:, None, None] for z in pair(n, m, width))
+    metric = image.FrechetInceptionDistance(feature=Flatten(), normalize=True, input_img_size=(1, 1, width))
+    metric.set_dtype(DOUBLE)
     metric.update(x, real=True)
     metric.update(y, real=False)
-    ours = frechet(y, x, Extractor.pixels()).value
-    assert ours == pytest.approx(float(metric.compute()), rel=1e-5)
+    ours = frechet_distance(*(Statistics.of(z.flatten(1)) for z in (x, y)))
+    assert ours == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
 def test_frechet_correction_and_uncertainty_tell_the_truth():

@@ -12,7 +12,7 @@ __all__ = ["ZOO", "Bundle", "bundled", "bundles", "full_name"]
 ZOO = Path(__file__).parent / "zoo"
 
 
-def bundled(name: str, folder: str = "", ending: str = "", what: str = "model") -> Path:
+def bundled(name: str, folder: str = "", ending: str = "", what: str = "model", suffix: str = ".safetensors") -> Path:
     """The file of a name, which may be cut short where that is clear: "fashion" for "fashion-mnist".
 
     Arguments:
@@ -20,12 +20,13 @@ def bundled(name: str, folder: str = "", ending: str = "", what: str = "model") 
         folder: Within the zoo.
         ending: What its names end in, such as "-noisy"; it need not be typed.
         what: What it is, for the error.
+        suffix: Of the file.
 
     Raises:
         ValueError: If there is none of that name, or several begin with it.
     """
     short = name.removeprefix("zoo:")
-    files = {file.stem: file for file in sorted((ZOO / folder).glob(f"*{ending}.safetensors"), key=lambda file: file.stem)}
+    files = {file.stem: file for file in sorted((ZOO / folder).glob(f"*{ending}{suffix}"), key=lambda file: file.stem)}
     if short in files:
         return files[short]
     meant = [stem for stem in files if short and stem.startswith(short)]

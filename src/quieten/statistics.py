@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bundled import bundled
 from .files import write_atomic
 
 __all__ = ["Statistics", "gather_rows"]
@@ -158,6 +159,15 @@ class Statistics:
         mean, covariance = (torch.from_numpy(np.asarray(arrays[k], np.float64)) for k in ("mu", "sigma"))
         count = int(arrays["n"]) if "n" in arrays else n
         return cls(mean, covariance, count, str(arrays.get("extractor", "")))
+
+    @classmethod
+    def zoo(cls, name: str) -> Statistics:
+        """Of the training data of a model that comes with the library, by the features of `Extractor.zoo` of the same name.
+
+        Raises:
+            ValueError: If there are none of that name.
+        """
+        return cls.load(bundled(name, "statistics", what="statistics", suffix=".npz"))
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:

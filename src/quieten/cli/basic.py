@@ -9,7 +9,7 @@ import typer
 
 from .app import Device, Overrides, Weights, app
 
-__all__ = ["demo", "recipes", "sample", "samplers", "train"]
+__all__ = ["demo", "recipes", "sample", "samplers", "train", "zoo"]
 
 
 @app.command()
@@ -127,6 +127,23 @@ def samplers() -> None:
         typer.echo(f"{name:15s} {entry.about}")
     for name, scheme in SPLITS.items():
         typer.echo(f"{name:15s} with --guide, {scheme.network} + {scheme.gradient} gradients a step: {scheme.about}")
+
+
+@app.command()
+def zoo(
+    name: Annotated[str | None, typer.Argument(help="One model; its beginning will do. Default: all.")] = None,
+) -> None:
+    """List the trained models that come with the library: variances, policies, classifiers, sizes, quality.
+
+    Examples:
+
+        quieten zoo
+
+        quieten sample zoo:fashion --steps 5 --out grid.png
+    """
+    from ..commands.zoo import show
+
+    show(name)
 
 
 @app.command()
