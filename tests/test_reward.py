@@ -135,6 +135,19 @@ def test_starts_at_the_reference_and_leaves_it_alone() -> None:
     assert all(p.requires_grad for p in tuning.value.parameters())
 
 
+def test_value_may_learn_before_the_policy(one_thread: None) -> None:
+    policy = built().float()
+    before = [p.clone() for p in policy.parameters()]
+    tuning = RewardTuning(policy, lambda x: x.sum(1), settings=reward_settings(lr=0.01))
+    value = [p.clone() for p in tuning.value.parameters()]
+    rows = tune_to_reward(tuning, 3, 16, head_start=3)
+    assert [row["nats"] for row in rows] == [0.0] * 3
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(value, tuning.value.parameters(), strict=True))
+    tune_to_reward(tuning, 3, 16, head_start=2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
 def test_conditions_stay_with_their_rows() -> None:
     """The reward looks for the label that the network was told: any permuted row would show."""
 

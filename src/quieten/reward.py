@@ -175,6 +175,7 @@ def tune_to_reward(
     cond: Callable[[int], Mapping[str, Tensor]] | None = None,
     seed: int = 0,
     decay: float = 0.5,
+    head_start: int = 0,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Repeats `RewardTuning.iterate`, learning rates constant at first and then falling to 2 %; returns what it told.
@@ -186,13 +187,16 @@ def tune_to_reward(
         cond: From the number of an iteration to its conditions, each (batch, ...).
         seed: Of all draws.
         decay: Share of the iterations, at the end, over which learning rates fall.
+        head_start: Iterations, the first ones, in which the value alone learns: a policy that listens to a value that knows
+            nothing yet leaves the reference for nothing.
         progress: Called after each iteration with its number from 1 and its numbers (those that are not per step).
 
     Raises:
         ValueError: If the reward, a value or a gradient is not finite; the message says in which iteration.
     """
-    if iterations < 1 or batch < 1 or not 0 <= decay <= 1:
-        raise ValueError(f"`iterations` and `batch` must be at least 1, `decay` in [0, 1] (got {iterations}, {batch}, {decay})")
+    if iterations < 1 or batch < 1 or not 0 <= decay <= 1 or not 0 <= head_start <= iterations:
+        raise ValueError("`iterations` and `batch` must be at least 1, `decay` in [0, 1], `head_start` in 0..iterations "
+                         f"(got {iterations}, {batch}, {decay}, {head_start})")  # fmt: skip
     policy, rows = tuning.policy, []
     if policy.shape is None:
         raise ValueError("`shape` of one sample is unknown: give it to the policy")
@@ -203,7 +207,8 @@ def tune_to_reward(
         for optimizer in tuning.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * left
-        told = tuning.iterate(like, cond(i) if cond is not None else None, Draws(seed, i, range(batch)))
+        given, draws = dict(cond(i)) if cond is not None else {}, Draws(seed, i, range(batch))
+        told = tuning.critic(like, given, draws)[1] if i < head_start else tuning.iterate(like, given, draws)
         rows.append({name: float(number) for name, number in told.items() if number.ndim == 0})
         if progress is not None:
             progress(i + 1, rows[-1])
