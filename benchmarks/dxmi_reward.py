@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from common import header
+from quieten.borrowed import EncoderValue
 from quieten.classify import NoisyClassifier
-from quieten.energies import PerceptronValue
 from quieten.features import Extractor
 from quieten.files import write_atomic
 from quieten.metrics import frechet
@@ -72,8 +72,10 @@ def tuned(source: Source, name: str, tau: float, options: argparse.Namespace) ->
     reward, labels = reward_of(name, source)
     torch.manual_seed(options.seed)
     policy = start(source)
-    value = PerceptronValue(policy.shape or (), T, 256, terminal=options.blind)
-    settings = reward_settings(tau, lr=options.lr, lr_std=0.0, lr_value=1e-3, policy_clip=None, n_generator=options.generator)
+    value = EncoderValue(policy, 128)  # fitted to the reward at the end, so that any reward will do
+    if not options.blind:
+        value.terminal = False  # the reward speaks for itself
+    settings = reward_settings(tau, lr=options.lr, lr_std=0.0, lr_value=3e-4, policy_clip=None, n_generator=options.generator)
     tuning = RewardTuning(policy, reward, value, differentiable=not options.blind, settings=settings)
     batch = options.batch
     started = time.process_time()
@@ -84,7 +86,7 @@ def tuned(source: Source, name: str, tau: float, options: argparse.Namespace) ->
             print(f"  tau {tau:g}, {i}: reward {row['reward']:.3f}, {row['nats']:.2f} nats, bias {row['bias']:.2f}", flush=True)
 
     rows = tune_to_reward(tuning, options.iterations, batch, cond=lambda i: {"label": labels(i * batch, batch)},
-                          seed=options.seed, progress=told)  # fmt: skip
+                          seed=options.seed, head_start=options.head_start, progress=told)  # fmt: skip
     return policy.eval(), rows
 
 
@@ -111,10 +113,11 @@ def main() -> int:
     parser.add_argument("reward", help="brightness or class:NAME")
     parser.add_argument("--source", default="zoo:fashion-mnist")
     parser.add_argument("--taus", default="0.3,0.1,0.03")
-    parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--head-start", type=int, default=30, help="iterations in which the value alone learns")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--generator", type=int, default=1, help="policy steps of an iteration")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--n", type=int, default=500, help="samples of the table")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blind", action="store_true", help="do not differentiate the reward: fit the value to it")
