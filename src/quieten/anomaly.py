@@ -114,7 +114,7 @@ class Plan:
         iterations: Iterations of DxMI.
         batch: Data points of each.
         tau: Weight of entropy and velocity, per dimension.
-        gamma: Weight of squared energies; None is no such term, as in the released class.
+        gamma: Weight of squared energies; 0 is no such term, as in the released class.
         lr_pretrain: Learning rate of the autoencoder alone.
         lr_energy: Of the autoencoder in DxMI.
         lr_policy: Of the sampler.
