@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dxmi_toys import Corners, Quadratics, affine_policy, corners, evaluated, marginals, pairs_of, soft_optimum
 from helpers import within
-from lq import Corners, Quadratics, affine_policy, corners, evaluated, marginals, pairs_of, soft_optimum
 from quieten import VE, VP, Ancestral, Draws, MixtureData, Noise, karras
 from quieten.imitation import MaxEntIRL, Settings
 from quieten.pairs import keyed
@@ -164,7 +164,7 @@ def bound(irl: MaxEntIRL, s2: Tensor, mean: float, var: float, kappa: float, tau
     """J / tau - H(x_0) + log Z + sum log(2 pi s^2) / 2."""
     entropy = 0.5 * math.log(2 * math.pi * math.e * var)
     log_z = 0.5 * math.log(2 * math.pi * tau / kappa)
-    return float(path(irl, mean, var)) / tau - entropy + log_z + float(0.5 * torch.log(2 * math.pi * s2).sum())
+    return float(path(irl, mean, var).detach()) / tau - entropy + log_z + float(0.5 * torch.log(2 * math.pi * s2).sum())
 
 
 KAPPA, M, TAU = 2.0, 0.4, 0.3

@@ -1,42 +1,22 @@
-"""DxMI: one iteration, against the official code's arrays, closed forms and brute force."""
+"""DxMI: one iteration, against the official code's arrays and brute force."""
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dxmi_toys import Asked, Linear, Quadratic, Still
 from helpers import within
-from quieten import VE, Denoiser, Draws, karras
+from quieten import Draws, Noise, karras
 from quieten.gaussian import Gaussian
-from quieten.imitation import MaxEntIRL, Settings
+from quieten.imitation import MaxEntIRL
+from quieten.pairs import gathered
 from quieten.policy import Policy, Rollout
-from quieten.running_cost import expected_cost, running_cost
-
-
-class Still(Denoiser):
-    """A denoiser that keeps the state: for tests in which only the noise matters."""
-
-    def __init__(self, shape, process=VE):
-        super().__init__()
-        self.shape, self.process = shape, process
-
-    def forward(self, x, lam, **cond):
-        return Gaussian(x)
-
-
-class Quadratic(nn.Module):
-    """V(x, k) = a_k mean(x^2) / 2 + g_k mean(x) + c_k, the value of the golden arrays; one column is for all times."""
-
-    def __init__(self, table: Tensor):
-        super().__init__()
-        self.table = nn.Parameter(torch.as_tensor(table).clone())
-
-    def forward(self, x: Tensor, k, **cond) -> Tensor:
-        a, g, c = self.table[:, 0] if self.table.shape[1] == 1 else self.table[:, k]
-        rows = x.flatten(1)
-        return 0.5 * a * rows.square().mean(1) + g * rows.mean(1) + c
-
+from quieten.running_cost import Auxiliary, expected_cost, running_cost
+from quieten.tuning import PRESETS, Settings
 
 CASES = {
     "td_time_T5": {"tau1": 0.1, "tau2": 0.1, "gamma": 1.0, "avr": 0.99, "entropy_in_value": 0, "velocity_in_value": 0},
@@ -79,21 +59,6 @@ def test_running_costs_are_the_official_ones(golden):
     for kind in ("brownian", "rescale"):
         within(1e-6, (running_cost(a["rc_state"], a["rc_next"], s2, kind) - a[f"rc_{kind}"]).abs().max(), kind)
         within(1e-6, (expected_cost(a["rc_state"], p, s2, kind) - a[f"rc_{kind}_no_var"]).abs().max(), f"{kind}, no var")
-
-
-class Linear(Denoiser):
-    """E[x0 | x_t] = w x + b, learned: a policy of one affine step where the grid goes straight to the data."""
-
-    def __init__(self, shape, steps: int = 1, process=VE):
-        super().__init__()
-        self.shape, self.process = shape, process
-        self.w, self.b = nn.Parameter(torch.full((steps,), 0.7)), nn.Parameter(torch.zeros(steps))
-
-    def forward(self, x, lam, label=None, **cond):
-        lam = torch.as_tensor(lam, dtype=torch.float64)
-        k = (lam.reshape(-1, 1) - self.lams).abs().argmin(1) if len(self.w) > 1 else torch.zeros(1, dtype=torch.long)
-        shape = (-1, *[1] * (x.ndim - 1))
-        return Gaussian(self.w[k].reshape(shape) * x + self.b[k].reshape(shape))
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
@@ -150,3 +115,183 @@ def test_labels_stay_with_their_rows():
             irl._first = lambda x0, draws, turn: x0
             irl.iterate(x0, {"label": label}, Draws(0, 0, range(40)))
             assert value.seen > 200
+
+
+def test_a_separate_energy_is_asked_at_the_end_alone():
+    """The official class asks it at k = 0 in the value's targets, and V(., T), which nobody trains, at the end."""
+    T = 4
+    value, energy = Asked(torch.ones(3, T), terminal=False), Asked(torch.ones(3, 1))
+    policy = Policy(Still((3,)), karras(T), trained="all")
+    irl = MaxEntIRL(policy, value, energy, PRESETS["separate"])
+    irl.iterate(torch.randn(8, 3), None, Draws(0, 0, range(8)))
+    targets_and_values = [3, 3, 2, 2, 1, 1, 0]  # V(x_3), then target V(x_3) and V(x_2), ...
+    assert value.calls[: len(targets_and_values)] == targets_and_values
+    assert set(value.calls[len(targets_and_values)]) <= {1, 2, 3}
+    assert energy.calls[:2] == [None, None]
+    assert all(k is None for k in energy.calls)
+    before = energy.table.detach().clone()
+    irl.iterate(torch.randn(8, 3) + 3.0, None, Draws(0, 1, range(8)))
+    assert not torch.equal(before, energy.table)
+
+
+def test_a_fixed_energy_is_not_trained_and_can_be_fitted_at_the_end():
+    """A cost without gradient reaches the policy through V(., T)."""
+
+    class Steps(nn.Module):
+        def forward(self, x, k, **cond):
+            return x.round().sum(1)
+
+    policy = Policy(Still((2,)), karras(3, 0.1, 2.0), trained="all")
+    value = Asked(torch.zeros(3, 4), terminal=True)
+    settings = Settings(tau1=0.0, tau2=0.0, time_cost=None, lr_value=0.1, lr_std=1e-3)
+    irl = MaxEntIRL(policy, value, Steps(), settings)
+    assert set(irl.optimizers) == {"policy", "value"}
+    for i in range(100):
+        told = irl.iterate(torch.zeros(64, 2), None, Draws(0, i, range(64)))
+    assert "energy_loss" not in told
+    assert value.calls[0] == 3
+    within(0.3, abs(float(value.table[1, 3].detach()) - 2.0), "slope of V(., T): the sum of two dimensions, over their mean")
+    differentiable = MaxEntIRL(policy, Asked(torch.zeros(3, 3), terminal=False), Steps(), settings)
+    assert not differentiable.fits_terminal
+
+
+def test_a_fresh_sample_for_the_target_is_of_the_policy_as_it_is():
+    T = 3
+    policy = Policy(Still((2,)), karras(T, 0.1, 2.0), trained="all")
+    irl = MaxEntIRL(policy, Quadratic(torch.ones(3, T + 1)), settings=Settings(value_resample=True, time_cost=None))
+    states = torch.zeros(T + 1, 5, 2)
+    noise = torch.randn(5, 2)
+    target = irl._target_of(Rollout(states, torch.zeros(T, 5)), 1, lambda k, like: noise)
+    torch.testing.assert_close(target, irl.value(policy.rhos[1] * noise, 2).detach())
+
+
+def test_steps_without_entropy_and_velocity():
+    """The last `skip_sampler_tau` steps are the value's alone."""
+    T = 4
+    policy = Policy(Still((2,)), karras(T, 0.1, 2.0), trained="all")
+    losses = []
+    for skip in (0, T):
+        irl = MaxEntIRL(policy, Quadratic(torch.ones(3, T + 1)), settings=Settings(skip_sampler_tau=skip, n_generator="all"))
+        roll = policy.rollout(16, Noise(0, range(16)))
+        pairs = gathered([roll], torch.arange(T * 16), T)
+        losses.append(irl._policy_loss(pairs, Draws(0, 0, range(T * 16)), 0))
+    x_next = policy.step(pairs.x, pairs.k).sample(Draws(0, 0, range(T * 16)).normal(pairs.x, "policy 0")[pairs.places[1]])
+    torch.testing.assert_close(losses[1], irl.value(x_next, pairs.k + 1).mean())
+    cost = (x_next - pairs.x).square().mean(1) / (2 * irl.auxiliary.s2[pairs.k])
+    wanted = (0.01 * cost - 0.1 * policy.log_std[pairs.k]).mean()
+    torch.testing.assert_close(losses[0] - losses[1], wanted)
+
+
+@pytest.mark.parametrize("dims", [1, 12])
+def test_sums_are_means_times_the_dimensions(dims):
+    """tau of the paper is tau of the code over D."""
+    policy = Policy(Still((dims,)), karras(3, 0.1, 2.0), trained="all")
+    roll, losses, targets = policy.rollout(16, Noise(0, range(16))), [], []
+    for reduction, scale in (("mean", 1.0), ("sum", 1.0 / dims)):
+        settings = Settings(
+            tau1=0.3 * scale, tau2=0.2 * scale, reduction=reduction, time_cost=None, entropy_in_value=0, velocity_in_value=0
+        )
+        irl = MaxEntIRL(policy, Quadratic(torch.ones(3, 4)), settings=settings)
+        losses.append(irl._policy_loss(gathered([roll], torch.arange(48), 3), Draws(0, 0, range(48)), 0))
+        targets.append(irl._target_of(roll, 1, None))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(targets[0], targets[1])
+
+
+def test_averages_follow_and_taus_are_annealed():
+    settings = Settings(ema=0.9, target_decay=0.5, anneal=0.01, anneal_steps=10, lr_policy=0.01, lr_value=0.1)
+    policy = Policy(Linear((2,)), karras(3, 0.1, 2.0))
+    irl = MaxEntIRL(policy, Quadratic(torch.ones(3, 4)), settings=settings)
+    value, w, target = (t.detach().clone() for t in (irl.value.table, policy.denoiser.w, irl.target.table))
+    irl.iterate(torch.randn(16, 2), None, Draws(0, 0, range(16)))
+    torch.testing.assert_close(irl.sampler.denoiser.w, 0.9 * w + 0.1 * policy.denoiser.w)
+    torch.testing.assert_close(irl.value_average.table, 0.9 * value + 0.1 * irl.value.table)
+    torch.testing.assert_close(irl.target.table, 0.5 * target + 0.5 * irl.value.table)
+    assert irl.iterations == 1
+    assert settings.tau1_at(0) == 0.1
+    assert settings.tau1_at(5) == pytest.approx(0.01)
+    assert settings.tau2_at(10) == settings.tau2_at(99) == pytest.approx(0.0001)
+    assert {"policy_average.denoiser.w", "value_average.table", "target.table", "auxiliary.s2"} <= set(irl.state_dict())
+
+
+def test_learning_rates_are_in_groups():
+    irl = MaxEntIRL(Policy(Linear((2,)), karras(3)), Quadratic(torch.ones(3, 4)), settings=Settings(lr_policy=1e-4))
+    groups = irl.optimizers["policy"].param_groups
+    assert [(g["lr"], g["initial_lr"]) for g in groups] == [(1e-4, 1e-4), (1e-2, 1e-2)]
+    assert groups[1]["params"][0] is irl.policy.log_std
+
+
+def test_rollouts_can_explore_downhill():
+    policy = Policy(Still((2,)), karras(3, 0.1, 2.0))
+    value, ends = Quadratic(torch.tensor([[2.0] * 4, [0.0] * 4, [0.0] * 4])), {}
+    for explore in (0.0, 2.0):
+        irl = MaxEntIRL(policy, value, settings=Settings(explore=explore, lr_value=0.0))
+        roll, _ = irl.critic(torch.zeros(256, 2), {}, Draws(0, 0, range(256)))
+        ends[explore] = float(roll.final.square().mean())
+    assert ends[2.0] < 0.9 * ends[0.0]
+
+
+@pytest.mark.parametrize(
+    "kind, start", [("brownian", "policy"), ("brownian", "level"), ("brownian", "forward"), ("forward", "policy")]
+)
+def test_velocities_start_where_they_are_asked_to(kind, start):
+    policy = Policy(Still((2,)), karras(3, 0.1, 2.0))
+    sigma2 = torch.exp(-policy.grid).float()
+    wanted = {"policy": policy.rhos.square(), "level": sigma2[:3], "forward": sigma2[:3] - sigma2[1:]}
+    auxiliary = Auxiliary(policy, kind, start)
+    torch.testing.assert_close(auxiliary.s2, wanted["forward" if kind == "forward" else start])
+    before = auxiliary.s2.clone()
+    auxiliary.adapt(torch.ones(3), 0.5)
+    torch.testing.assert_close(auxiliary.s2, before if kind == "forward" else 0.5 * before + 0.5)
+
+
+def test_what_is_told_of_the_values():
+    """Explained variance is 1 for exact values, and the energy's range is kept within 1 / (2 gamma) by gamma."""
+    policy = Policy(Linear((2,)), karras(2, 0.1, 2.0), std=1e-3, trained="none")
+    policy.denoiser.w.data.fill_(1.0)
+    irl = MaxEntIRL(policy, Quadratic(torch.ones(3, 3)), settings=Settings(time_cost=None, lr_value=0.0))
+    told = irl.iterate(torch.randn(64, 2), None, Draws(0, 0, range(64)))
+    assert (told["explained"] > 0.999).all()
+    torch.testing.assert_close(told["gap"], told["e_data"] - told["e_policy"])
+    torch.testing.assert_close(told["le_cam"], -2 * told["energy_loss"])
+    assert float(told["spread"]) == pytest.approx(2.0, rel=0.2)
+
+
+def test_two_processes_do_what_one_does():
+    """Each with half of the rows, averaging in place: the same velocities, gradients and weights."""
+
+    def made():
+        torch.manual_seed(0)
+        policy = Policy(Linear((2,)), karras(3, 0.1, 2.0))
+        return MaxEntIRL(
+            policy, Quadratic(torch.ones(3, 4)), settings=Settings(lr_policy=0.01, lr_value=0.1, n_generator="all")
+        )
+
+    x0 = torch.randn(8, 2)
+    whole = made()
+    whole.iterate(x0, None, Draws(0, 0, range(8), 8))
+    halves, barrier, shelf = [made(), made()], threading.Barrier(2), {}
+
+    def average_of(rank):
+        def average(tensors):
+            shelf[rank] = [t.clone() for t in tensors]
+            barrier.wait()
+            means = [(a + b) / 2 for a, b in zip(shelf[0], shelf[1], strict=True)]
+            barrier.wait()
+            for t, m in zip(tensors, means, strict=True):
+                t.copy_(m)
+
+        return average
+
+    def work(rank):
+        rows = slice(4 * rank, 4 * rank + 4)
+        halves[rank].iterate(x0[rows], None, Draws(0, 0, range(rows.start, rows.stop), 8), average_of(rank))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for half in halves:
+        for a, b in zip(whole.state_dict().values(), half.state_dict().values(), strict=True):
+            within(1e-5, (a - b).abs().max(), "weights")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dxmi_toys import Quadratics, affine_policy, evaluated
 from helpers import refuses, within
-from lq import Quadratics, affine_policy, evaluated
 from quieten import VE, Draws, Preconditioned, karras
 from quieten.energies import PerceptronValue
 from quieten.imitation import MaxEntIRL, Settings

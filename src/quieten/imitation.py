@@ -25,8 +25,7 @@ from .noise import INITIAL, Draws
 from .pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded
 from .policy import Policy, Rollout
 from .running_cost import Auxiliary, time_costs
-from .tuned import FLOOR
-from .tuning import Settings, optimizers
+from .tuning import Settings, check_parts, optimizers
 from .value_guide import kicked
 
 __all__ = ["MaxEntIRL", "Settings"]
@@ -78,7 +77,7 @@ class MaxEntIRL(nn.Module):
         self.reference, self.iterations = reference, 0
         self.fixed = energy is not None and not any(p.requires_grad for p in energy.parameters())
         self.fits_terminal = self.fixed and bool(getattr(value, "terminal", False))
-        _check_parts(policy, value, energy, settings, reference, self.fixed)
+        check_parts(policy, value, energy, settings, reference, self.fixed)
         self.auxiliary = Auxiliary(policy, settings.cost, s2, settings.reduction)
         self.time_costs = time_costs(policy.T, settings.time_cost, settings.time_cost_scale, settings.compat)
         self.optimizers = optimizers(settings, policy, value, None if self.fixed else energy)
@@ -389,9 +388,10 @@ class MaxEntIRL(nn.Module):
             average([p.grad for p in parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
         self._look(norm, f"the gradient of the {name}{where}")
-        if norm.device.type != "cpu":
-            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # fused: skips it without the host
-        optimizer.step()
+        if norm.device.type != "cpu" and optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # skips it without the host
+        if optimizer.defaults.get("fused") or bool(norm.isfinite()):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.detach()
 
@@ -411,26 +411,3 @@ class MaxEntIRL(nn.Module):
         if self.policy_average is not None and self.value_average is not None and s.ema is not None:
             follow(self.policy_average, self.policy, s.ema)
             follow(self.value_average, self.value, s.ema)
-
-
-def _check_parts(
-    policy: Policy, value: nn.Module, energy: nn.Module | None, s: Settings, reference: Policy | None, fixed: bool
-) -> None:
-    made_for = getattr(value, "T", None)
-    if made_for is not None and made_for != policy.T:
-        raise ValueError(f"`value` was made for {made_for} steps, the policy has {policy.T}: both are of one T")
-    if energy is not None and not fixed and getattr(value, "terminal", False):
-        raise ValueError(
-            "`energy` is given and `value` claims k = T too: leave the energy out, or make the value with terminal=False"
-        )
-    if energy is None and not getattr(value, "terminal", True):
-        raise ValueError("`energy` is missing: this value says nothing at k = T")
-    if energy is None and not any(p.requires_grad for p in value.parameters()):
-        raise ValueError("`value` has nothing to train: its parameters want no gradients")
-    if reference is not None and not torch.equal(reference.grid, policy.grid):
-        raise ValueError("`reference` must have the grid of the policy: build it from the same levels")
-    entropy = s.tau1 > 0 and reference is None and not policy.transition.from_kernel
-    rhos = policy.rhos[: policy.transition._free]
-    if entropy and len(rhos) and float(rhos.min()) < FLOOR:
-        raise ValueError(f"`std` of a trained step is {float(rhos.min()):.2g}, below the floor {FLOOR:g} where entropy has no "
-                         "gradient: start with more noise, keep that step (trained='fix_last'), or set tau1 = 0")  # fmt: skip

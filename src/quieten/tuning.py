@@ -11,8 +11,9 @@ from torch import nn
 
 from .policy import Policy
 from .running_cost import KINDS
+from .tuned import FLOOR
 
-__all__ = ["PRESETS", "Settings", "optimizers"]
+__all__ = ["PRESETS", "Settings", "check_parts", "optimizers"]
 
 
 def _counts(value: Any, least: int = 1) -> bool:
@@ -44,7 +45,8 @@ class Settings:
         value_update_order: Steps of a sweep: last to first, or in random order.
         repeat_value_update: Sweeps in an iteration.
         n_critic: Rollouts, energy steps and value sweeps for each step of the policy; it draws states from all of them.
-        n_generator: Policy steps in an iteration, each on as many states as there are data; "all" is every state once.
+        n_generator: Policy steps in an iteration, each on one state of every trajectory, of a random step; "all" is every state
+            once.
         explore: Rollouts move down the value by as much as this times rho_k, an amount drawn for each iteration; 0 not.
         skip_sampler_tau: Steps at the end whose entropy and running cost the policy does not count.
         policy_clip: Largest norm of the policy's gradient; None for any. Likewise `value_clip`, `energy_clip`.
@@ -173,6 +175,30 @@ PRESETS: dict[str, Settings] = {
     ),
 }
 """Settings by name: the official configurations of images; two dimensions with a value of the time; a separate energy."""
+
+
+def check_parts(
+    policy: Policy, value: nn.Module, energy: nn.Module | None, s: Settings, reference: Policy | None, fixed: bool
+) -> None:
+    """Raises ValueError unless policy, value and energy belong together; `fixed` says that nobody trains the energy."""
+    made_for = getattr(value, "T", None)
+    if made_for is not None and made_for != policy.T:
+        raise ValueError(f"`value` was made for {made_for} steps, the policy has {policy.T}: both are of one T")
+    if energy is not None and not fixed and getattr(value, "terminal", False):
+        raise ValueError(
+            "`energy` is given and `value` claims k = T too: leave the energy out, or make the value with terminal=False"
+        )
+    if energy is None and not getattr(value, "terminal", True):
+        raise ValueError("`energy` is missing: this value says nothing at k = T")
+    if energy is None and not any(p.requires_grad for p in value.parameters()):
+        raise ValueError("`value` has nothing to train: its parameters want no gradients")
+    if reference is not None and not torch.equal(reference.grid, policy.grid):
+        raise ValueError("`reference` must have the grid of the policy: build it from the same levels")
+    entropy = s.tau1 > 0 and reference is None and not policy.transition.from_kernel
+    rhos = policy.rhos[: policy.transition._free]
+    if entropy and len(rhos) and float(rhos.min()) < FLOOR:
+        raise ValueError(f"`std` of a trained step is {float(rhos.min()):.2g}, below the floor {FLOOR:g} where entropy has no "
+                         "gradient: start with more noise, keep that step (trained='fix_last'), or set tau1 = 0")  # fmt: skip
 
 
 def optimizers(

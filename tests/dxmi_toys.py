@@ -18,7 +18,10 @@ from quieten.pairs import Pairs
 from quieten.policy import Policy
 from quieten.policy_schedule import Consistency
 
-__all__ = ["Affine", "Corners", "Quadratics", "affine_policy", "corners", "evaluated", "marginals", "pairs_of", "soft_optimum"]
+__all__ = [
+    "Affine", "Asked", "Corners", "Linear", "Quadratic", "Quadratics", "Still",
+    "affine_policy", "corners", "evaluated", "marginals", "pairs_of", "soft_optimum",
+]  # fmt: skip
 
 
 class Affine(Denoiser):
@@ -118,3 +121,56 @@ def pairs_of(policy: Policy, mean: float, var: float) -> tuple[Pairs, Corners]:
     x = torch.cat([means[k] + variances[k].sqrt() * node[:, :1] for k in range(policy.T)])
     k = torch.arange(policy.T).repeat_interleave(4)
     return Pairs(x, k, {}, (), (torch.zeros_like(k), torch.arange(len(k)))), Corners(node[:, 1:].repeat(policy.T, 1))
+
+
+class Still(Denoiser):
+    """A denoiser that keeps the state: for tests in which only the noise matters."""
+
+    def __init__(self, shape, process=VE):
+        super().__init__()
+        self.shape, self.process = shape, process
+
+    def forward(self, x, lam, **cond):
+        return Gaussian(x)
+
+
+class Quadratic(nn.Module):
+    """V(x, k) = a_k mean(x^2) / 2 + g_k mean(x) + c_k, the value of the golden arrays; one column is for all times."""
+
+    def __init__(self, table: Tensor):
+        super().__init__()
+        self.table = nn.Parameter(torch.as_tensor(table).clone())
+
+    def forward(self, x: Tensor, k, **cond) -> Tensor:
+        a, g, c = self.table[:, 0] if self.table.shape[1] == 1 else self.table[:, k]
+        rows = x.flatten(1)
+        return 0.5 * a * rows.square().mean(1) + g * rows.mean(1) + c
+
+
+class Linear(Denoiser):
+    """E[x0 | x_t] = w x + b, learned: a policy of one affine step where the grid goes straight to the data."""
+
+    def __init__(self, shape, steps: int = 1, process=VE):
+        super().__init__()
+        self.shape, self.process = shape, process
+        self.w, self.b = nn.Parameter(torch.full((steps,), 0.7)), nn.Parameter(torch.zeros(steps))
+
+    def forward(self, x, lam, label=None, **cond):
+        lam = torch.as_tensor(lam, dtype=torch.float64)
+        k = (lam.reshape(-1, 1) - self.lams).abs().argmin(1) if len(self.w) > 1 else torch.zeros(1, dtype=torch.long)
+        shape = (-1, *[1] * (x.ndim - 1))
+        return Gaussian(self.w[k].reshape(shape) * x + self.b[k].reshape(shape))
+
+
+class Asked(Quadratic):
+    """Records what it is asked."""
+
+    def __init__(self, table, **attributes):
+        super().__init__(table)
+        self.calls = []
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x, k, **cond):
+        self.calls.append(k if k is None or isinstance(k, int) else tuple(sorted(set(k.tolist()))))
+        return super().forward(x, 0 if k is None else k, **cond)
