@@ -66,11 +66,14 @@ class Guidance(nn.Module, ABC):
             ValueError: If what was given to compute it returns another shape or dtype, or (unless `nonfinite` says otherwise)
                 NaN or infinity.
         """
+        return self.checked(self.unchecked(denoiser, x, lam), x, lam)
+
+    def unchecked(self, denoiser: Denoiser, x: Tensor, lam: Level) -> Tensor:
+        """`gradient` before anyone looked whether it is finite, for who looks at many at once: see `checked`."""
         w = self.weight(lam)
         if isinstance(w, float) and w == 0.0:
             return torch.zeros_like(x)
-        _, g = self.slope(denoiser, x, lam)
-        return self._weighted(g, w, x, lam)
+        return self._times(self.slope(denoiser, x, lam)[1], w, x)
 
     def both(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian, Tensor]:
         """The unguided denoiser's Gaussian and `gradient`, from one pass where one is enough."""
@@ -101,9 +104,12 @@ class Guidance(nn.Module, ABC):
         _check_scale(w)
         return float(w)
 
-    def _weighted(self, g: Any, w: Any, x: Tensor, lam: Level) -> Tensor:
-        _check_like(g, x, f"the gradient of {self._name()}")
-        g = g if isinstance(w, float) and w == 1.0 else g * spread_over(w, g)
+    def checked(self, g: Tensor, x: Tensor, lam: Level) -> Tensor:
+        """A gradient after a look at its numbers, which waits for the device; what `nonfinite` makes of it.
+
+        Raises:
+            ValueError: If it is not finite, unless `nonfinite` says otherwise.
+        """
         if self.nonfinite == "raise" and bool(g.sum().isfinite()):
             return g  # one look at memory; a sum that is not finite may still be of finite numbers
         good = g.isfinite().flatten(1).all(1) if g.ndim > 1 else g.isfinite()
@@ -113,12 +119,20 @@ class Guidance(nn.Module, ABC):
         if not bool(good.all()):
             what = (
                 f"the gradient of {self._name()} is not finite for {int((~good).sum())} of {len(x)} samples at "
-                f"lam = {_show(lam)} with scale {_show(w)}"
+                f"lam = {_show(lam)} with scale {_show(self.weight(lam))}"
             )
             if self.nonfinite == "raise":
                 raise ValueError(f"{what}: lower the scale, take more steps, or pass nonfinite='zero'")
             warnings.warn(f"{what}: set to 0", stacklevel=3)
         return kept
+
+    def _times(self, g: Any, w: Any, x: Tensor) -> Tensor:
+        _check_like(g, x, f"the gradient of {self._name()}")
+        weighted: Tensor = g if isinstance(w, float) and w == 1.0 else g * spread_over(w, g)
+        return weighted
+
+    def _weighted(self, g: Any, w: Any, x: Tensor, lam: Level) -> Tensor:
+        return self.checked(self._times(g, w, x), x, lam)
 
     def _name(self) -> str:
         return type(self).__name__

@@ -32,12 +32,15 @@ class Force:
         denoiser: The unguided denoiser.
         index: Number of the step, for messages.
         strength: Factor on g: above 1 around random moves, whose noise makes room for more drift.
+        unseen: Where gradients wait for `settle` to look whether they are finite, with their states and levels; None looks at
+            each at once.
     """
 
     guidance: Guidance
     denoiser: Denoiser
     index: int = 0
     strength: float = 1.0
+    unseen: list[tuple[Tensor, Tensor, float]] | None = None
 
     @property
     def process(self) -> Process:
@@ -45,10 +48,30 @@ class Force:
 
     def gradient(self, x: Tensor, lam: float) -> Tensor:
         """g at a state (B, *)."""
+        guidance = self.guidance
+        # one that mends gradients, or has its own way to them, is left to look by itself
+        wait = self.unseen is not None and guidance.nonfinite == "raise" and type(guidance).gradient is Guidance.gradient
         try:
-            return self._scaled(self.guidance.gradient(self.denoiser, x, lam))
+            g = (guidance.unchecked if wait else guidance.gradient)(self.denoiser, x, lam)
         except ValueError as error:
             raise ValueError(f"in step {self.index}: {error}") from error
+        if wait and self.unseen is not None:
+            self.unseen.append((g, x, lam))
+        return self._scaled(g)
+
+    def settle(self, x: Tensor) -> Tensor:
+        """The state that the gradients led to, after one look at it instead of one at each: it holds their NaN or infinity.
+
+        Raises:
+            ValueError: If it is not finite, and the first gradient that is not is to blame.
+        """
+        if self.unseen and not bool(x.sum().isfinite()):
+            for g, at, lam in self.unseen:
+                try:
+                    self.guidance.checked(g, at, lam)
+                except ValueError as error:
+                    raise ValueError(f"in step {self.index}: {error}") from error
+        return x
 
     def both(self, x: Tensor, lam: float) -> tuple[Gaussian, Tensor]:
         """The denoiser's Gaussian and g, from one pass where one is enough; its graph is not cut, which takes two."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -271,12 +272,15 @@ class Split(Transition):
         if lam_s == lam_t:
             return Step(Gaussian(x_t), memory=memory)
         around, force, move = self.parts(denoiser, lam_t, lam_s, memory.steps)
+        force = replace(force, unseen=[])
         x, model, carried = around.before(force, x_t, move, memory.kick)
         step = self.flow(model, x, lam_t, lam_s, memory.flow)
+        del x, model  # the kicked state's memory is free for the kicks to come
 
         def after(drawn: Tensor) -> tuple[Tensor, Any]:
             drawn = drawn if step.then is None else step.then(drawn)
-            return around.after(force, drawn, move, carried)
+            x_s, held = around.after(force, drawn, move, carried)
+            return force.settle(x_s), held
 
         if isinstance(step.p, Gaussian) and step.p.is_point:
             x_s, held = after(step.p.mean)
