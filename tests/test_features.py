@@ -142,6 +142,25 @@ def test_the_command_writes_what_the_functions_find(typed: Type, judge: Path, tm
     assert "no extractor 'nought'" in typed("features", "stats", "digits", "--extractor", "nought").err
 
 
+def test_a_reference_batch_of_adm(typed: Type, judge: Path, tmp_path: Path) -> None:
+    """Images as arr_0 (N, H, W, C), with or without their statistics: those are read, or made from these."""
+    x = draws(20, 6)
+    images = load("digits", split="test").images[:20].permute(0, 2, 3, 1).numpy()
+    mean, covariance = x.mean(0).numpy(), torch.cov(x.T).numpy()
+    spatial = {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=mean, sigma=covariance, **spatial)
+    found = Statistics.load(tmp_path / "both.npz")
+    assert (found.n, found.extractor) == (20, "")
+    torch.testing.assert_close(found.covariance, torch.cov(x.T))
+    np.savez(tmp_path / "images.npz", images)  # numpy calls it arr_0
+    with pytest.raises(ValueError, match="quieten features stats"):
+        Statistics.load(tmp_path / "images.npz")
+    ran = typed("features", "stats", tmp_path / "images.npz", "--extractor", judge, "--out", tmp_path / "stats.npz")
+    assert ran.code == 0, ran.err
+    want = Statistics.of(Extractor.load(judge).extract(load("digits", split="test").subset(slice(20)).all()))
+    torch.testing.assert_close(Statistics.load(tmp_path / "stats.npz").mean, want.mean, rtol=1e-5, atol=1e-6)
+
+
 # ---- two processes
 
 HERE = Path(__file__)

@@ -115,14 +115,18 @@ class Extractor:
         return cls(name or default, lambda x: features(x.to(place)), digest, preprocessing)
 
     @classmethod
-    def zoo(cls, name: str) -> Extractor:
+    def zoo(cls, name: str, device: torch.device | str = "cpu") -> Extractor:
         """A classifier that comes with the library, trained on the data set of that name.
+
+        Arguments:
+            name: Such as "fashion-mnist"; its beginning will do.
+            device: Where to compute.
 
         Raises:
             ValueError: If there is none of that name.
         """
         path = bundled(name, "classifiers", what="classifier")
-        return replace(cls.load(path), name=f"zoo classifier of {path.stem}")
+        return replace(cls.load(path, device=device), name=f"zoo classifier of {path.stem}")
 
     @classmethod
     def load(cls, name_or_path: str | Path, sha256: str | None = None, device: torch.device | str = "cpu") -> Extractor:
@@ -144,7 +148,7 @@ class Extractor:
         if str(name_or_path) == "pixels":
             return cls.pixels()
         if kind == "zoo":
-            return cls.zoo(rest)
+            return cls.zoo(rest, device)
         if kind in ("inception", "pytorch-fid"):
             from .inception import inception
 

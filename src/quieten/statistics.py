@@ -143,8 +143,11 @@ class Statistics:
         """Reads an npz with `mu` and `sigma`; pickles in it are refused.
 
         Arguments:
-            path: File written by `save`, by pytorch-fid or by EDM.
-            n: Number of samples, where the file does not say.
+            path: File written by `save`, by pytorch-fid or by EDM, or a reference batch of ADM.
+            n: Number of samples, where the file does not say; ADM's does, if it has the samples themselves.
+
+        Raises:
+            ValueError: If it cannot be read, or lacks them. A file of images alone, `arr_0`, is read by `data.load`.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -155,9 +158,11 @@ class Statistics:
             raise ValueError(f"path {path} cannot be read as npz ({error}): write the statistics again") from error
         if not {"mu", "sigma"} <= arrays.keys():
             keys = ", ".join(arrays) or "nothing"
+            if "arr_0" in arrays:
+                raise ValueError(f"path {path} holds images and no statistics: make them by `quieten features stats {path}`")
             raise ValueError(f"path {path} must hold mu and sigma, it holds {keys}: write it with Statistics.save")
         mean, covariance = (torch.from_numpy(np.asarray(arrays[k], np.float64)) for k in ("mu", "sigma"))
-        count = int(arrays["n"]) if "n" in arrays else n
+        count = int(arrays["n"]) if "n" in arrays else len(arrays["arr_0"]) if "arr_0" in arrays and n is None else n
         return cls(mean, covariance, count, str(arrays.get("extractor", "")))
 
     @classmethod
