@@ -92,7 +92,7 @@ def test_2_exact_values_are_where_the_value_wants_to_stay():
             within(1e-10, g.abs().max(), f"gradient of the value at step {k}")
 
 
-def wide_rollout(policy: Policy, i: int, n: int = 2048) -> tuple[Rollout, Draws]:
+def wide_rollout(policy: Policy, i: int, n: int = 4096) -> tuple[Rollout, Draws]:
     draws = Draws(0, i, range(n))
     return policy.rollout(1.5 * draws.normal(torch.empty(n, 1).double()), keyed(draws, "roll")), draws
 
@@ -105,8 +105,8 @@ def test_2_the_value_loop_converges_to_them(one_thread):
     irl = exact(policy, Quadratics(*start), S2, tau1=tau1, tau2=tau2, betas=(0.5, 0.99))
     for p in irl.value.parameters():  # the last column is given
         p.register_hook(lambda g: g * (torch.arange(4) < 3))
-    for i in range(400):
-        irl.optimizers["value"].param_groups[0]["lr"] = 0.1 * 10 ** (-2.5 * i / 400)
+    for i in range(250):
+        irl.optimizers["value"].param_groups[0]["lr"] = 0.15 * 10 ** (-2.7 * i / 250)
         roll, draws = wide_rollout(policy, i)
         irl._value_steps(roll, draws, None, 0)
     for name, learned, wanted in zip("KGC", irl.value.parameters(), (K, G, C), strict=True):
@@ -121,9 +121,9 @@ def test_2_the_policy_loop_converges_to_the_optimum(taus, one_thread):
     policy = affine_policy(A, B, RHO)
     value = Quadratics(K, G, torch.zeros(4).double())
     irl = exact(policy, value, S2, tau1=tau1, tau2=tau2, n_generator="all", betas=(0.5, 0.99))
-    for i in range(300):
+    for i in range(160):
         for group in irl.optimizers["policy"].param_groups:
-            group["lr"] = 0.05 * 10 ** (-2.5 * i / 300)
+            group["lr"] = 0.1 * 10 ** (-2.7 * i / 160)
         roll, draws = wide_rollout(policy, i)
         irl.improve([roll], draws)
     within(1e-2, (policy.denoiser.A.detach() - tau2 / S2 / h).abs().max(), "A")
