@@ -17,7 +17,7 @@ from .denoiser import Denoiser, Preconditioned
 from .nets import MLP, UNet
 from .policy import Policy
 
-__all__ = ["EncoderValue", "lends_encoder"]
+__all__ = ["EncoderEnergy", "EncoderValue", "lends_encoder"]
 
 CLEAN = 4.6
 """The largest log-SNR that the encoder is told, sigma / alpha of 0.1: samples are at infinity, where no network was trained."""
@@ -32,20 +32,20 @@ class EncoderValue(nn.Module):
         policy: Whose network and levels are taken.
         width: Units of the perceptron.
         classes: Number of classes, 0 for none.
+        terminal: Whether V(., T) is the energy; False where that is a network of its own.
 
     Attributes:
         T: Steps of the policy.
-        terminal: True: V(., T) is the energy.
 
     Raises:
         ValueError: For networks that lend no encoder, see `lends_encoder`.
     """
 
-    terminal = True
     lam: Tensor
 
-    def __init__(self, policy: Policy, width: int = 128, classes: int = 0):
+    def __init__(self, policy: Policy, width: int = 128, classes: int = 0, terminal: bool = True):
         super().__init__()
+        self.terminal = terminal
         denoiser = policy.denoiser
         if not lends_encoder(denoiser):
             raise ValueError("`policy` has a network without an encoder to borrow: take another value, such as 'residual'")
@@ -63,8 +63,9 @@ class EncoderValue(nn.Module):
 
     def forward(self, x: Tensor, k: int | Tensor | None = None, *, label: Tensor | None = None, **cond: Any) -> Tensor:
         """The value (B,) of states x (B, *) of step k, 0..T: a number for all rows, or int64 (B,)."""
-        if k is None or (isinstance(k, int) and not 0 <= k <= self.T):
-            raise ValueError(f"`k` must be in 0..{self.T} (got {k}): this value tells the states of a chain apart")
+        last = self.T if self.terminal else self.T - 1
+        if k is None or (isinstance(k, int) and not 0 <= k <= last):
+            raise ValueError(f"`k` must be in 0..{last} (got {k}): this value tells the states of a chain apart")
         lam = self.lam[k].expand(len(x))
         x_in = x
         if self.sigma_data is not None:
@@ -80,6 +81,14 @@ class EncoderValue(nn.Module):
 
     def extra_repr(self) -> str:
         return f"T={self.T}, classes={self.classes}"
+
+
+class EncoderEnergy(EncoderValue):
+    """E(x): the same network, asked about samples alone."""
+
+    def forward(self, x: Tensor, k: int | Tensor | None = None, *, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """The energy (B,) of samples x (B, *), whatever k."""
+        return super().forward(x, self.T, label=label, **cond)
 
 
 class _UNetTrunk(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import inject
-from .borrowed import EncoderValue, lends_encoder
+from .borrowed import EncoderEnergy, EncoderValue, lends_encoder
 from .data import Dataset, Order
 from .energies import PerceptronValue, ResidualValue, default_value
 from .imitation import MaxEntIRL
@@ -69,6 +69,8 @@ class Start:
         last_std: Standard deviation of the step to the data.
         value: "encoder" (borrowed from the denoiser), "residual", "perceptron"; "auto" takes the first that suits.
         width: Units or channels of the value's own layers; None takes what suits.
+        energy: "own" gives the energy a network of its own; "value" takes V(., T), as for images in the paper, where each of
+            the T steps of the value between two of the energy moves the energy too. "auto" is "own" beyond 5 steps.
         adapters: Rank of low-rank adapters, the only weights of the network that are then trained; 0 trains all.
         head_start: Examples that the value sees before the policy begins to learn.
         value_decay: Share of its learning rate that the value keeps to the end.
@@ -90,6 +92,7 @@ class Start:
     last_std: float = 1e-3
     value: Literal["auto", "encoder", "residual", "perceptron"] = "auto"
     width: int | None = None
+    energy: Literal["auto", "own", "value"] = "auto"
     adapters: int = 0
     head_start: int = 3_200
     value_decay: float = 0.1
@@ -101,7 +104,13 @@ class Start:
 
         if self.T < 1:
             raise ValueError(f"`T` must be at least 1 step (got {self.T})")
-        for name, known in (("method", METHODS), ("start", STARTS), ("train_std", TRAINED), ("value", VALUES)):
+        for name, known in (
+            ("method", METHODS),
+            ("start", STARTS),
+            ("train_std", TRAINED),
+            ("value", VALUES),
+            ("energy", ENERGIES),
+        ):
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise ValueError(f"`{name}` {given!r} is unknown{nearest(str(given), known)} (known: {', '.join(known)})")
@@ -128,6 +137,7 @@ class Start:
 
 
 VALUES = ("auto", "encoder", "residual", "perceptron")
+ENERGIES = ("auto", "own", "value")
 
 
 def section(
@@ -141,6 +151,7 @@ def section(
     last_std: float = 1e-3,
     value: Literal["auto", "encoder", "residual", "perceptron"] = "auto",
     width: int | None = None,
+    energy: Literal["auto", "own", "value"] = "auto",
     adapters: int = 0,
     head_start: int = 3_200,
     value_decay: float = 0.1,
@@ -229,18 +240,45 @@ def _learned_std(source: Source, grid: Tensor, start: Start, data: Dataset | Non
 # ---- what it learns from
 
 
-def make_value(policy: Policy, start: Start, classes: int) -> nn.Module:
+def make_value(policy: Policy, start: Start, classes: int, terminal: bool = True) -> nn.Module:
     """The value network, freshly initialised."""
+    shape, width = _shape(policy), start.width
+    if _borrows(policy, start):
+        return EncoderValue(policy, width or 128, classes, terminal)
+    if start.value == "perceptron":
+        return PerceptronValue(shape, policy.T, width or 128, classes=classes, terminal=terminal)
+    if start.value == "residual":
+        return ResidualValue(shape, policy.T, width or 24, classes, terminal)
+    return default_value(shape, policy.T, width=width or _narrow(shape), classes=classes, terminal=terminal)
+
+
+def make_energy(policy: Policy, start: Start, classes: int) -> nn.Module | None:
+    """The energy, freshly initialised, of the kind of the value; None where the value is the energy."""
+    if start.energy == "value" or (start.energy == "auto" and start.T <= 5):
+        return None
+    shape, width = _shape(policy), start.width
+    if _borrows(policy, start):
+        return EncoderEnergy(policy, width or 128, classes)
+    if start.value == "perceptron":
+        return PerceptronValue(shape, None, width or 128, classes=classes)
+    if start.value == "residual":
+        return ResidualValue(shape, None, width or 24, classes)
+    return default_value(shape, None, time=False, width=width or _narrow(shape), classes=classes)
+
+
+def _shape(policy: Policy) -> tuple[int, ...]:
     if policy.shape is None:
         raise ValueError("`shape` of one example is unknown: this model does not say it")
-    if start.value == "encoder" or (start.value == "auto" and lends_encoder(policy.denoiser)):
-        return EncoderValue(policy, start.width or 128, classes)
-    if start.value == "perceptron":
-        return PerceptronValue(policy.shape, policy.T, start.width or 128, classes=classes)
-    if start.value == "residual":
-        return ResidualValue(policy.shape, policy.T, start.width or 24, classes)
-    small = len(policy.shape) == 3 and math.prod(policy.shape[1:]) >= 64
-    return default_value(policy.shape, policy.T, width=start.width or (24 if small else 128), classes=classes)
+    return policy.shape
+
+
+def _borrows(policy: Policy, start: Start) -> bool:
+    return start.value == "encoder" or (start.value == "auto" and lends_encoder(policy.denoiser))
+
+
+def _narrow(shape: tuple[int, ...]) -> int:
+    """Channels for pictures, units for vectors, that a CPU can train."""
+    return 24 if len(shape) == 3 and math.prod(shape[1:]) >= 64 else 128
 
 
 def make_update(policy: Policy, start: Start, plan: Train, data: Dataset, reward: Any = None) -> MaxEntIRL:
@@ -253,12 +291,15 @@ def make_update(policy: Policy, start: Start, plan: Train, data: Dataset, reward
     classes = len(data.classes) if data.labels is not None else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        value = make_value(policy, start, classes).to(policy.denoiser.device)
+        device = policy.denoiser.device
+        energy = None if reward is not None else make_energy(policy, start, classes)
+        value = make_value(policy, start, classes, terminal=energy is None).to(device)
+        energy = None if energy is None else energy.to(device)
         update: MaxEntIRL
         if reward is not None:
             update = kind(policy, reward, value, settings=settings, **options)
         else:
-            update = kind(policy, value, settings=settings, s2=_moves(policy, data, plan.seed), **options)
+            update = kind(policy, value, energy, settings, s2=_moves(policy, data, plan.seed), **options)
     return update
 
 

@@ -49,6 +49,9 @@ def tune(
     n_critic: Annotated[int | None, typer.Option(min=1, help="Sweeps of energy and value for each. Default: 1.")] = None,
     value: Annotated[str | None, typer.Option(help="auto (default), encoder (the model's own), residual, perceptron.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels or units of the value.")] = None,
+    energy: Annotated[
+        str | None, typer.Option(help="auto (default), own (a network of its own), value (the value's last state).")
+    ] = None,
     adapters: Annotated[
         int | None, typer.Option(min=0, help="Rank of low-rank adapters, the only weights then trained. Default: 0, all.")
     ] = None,
@@ -91,8 +94,8 @@ def tune(
         source, data, steps=steps, method=method, name=name, out=out, images=images, batch=batch, lr=lr, value_lr=value_lr,
         std_lr=std_lr, start=start, eta=eta, sigma_max=sigma_max, sigma_min=sigma_min, train_std=train_std, tau1=tau1,
         tau2=tau2, gamma=gamma, reduction=reduction, time_cost=time_cost, n_generator=n_generator, n_critic=n_critic,
-        value=value, width=width, adapters=adapters, flip=flip, changes=changes or [], distance=distance, n=n, every=every,
-        seed=seed, weights=weights, device=device,
+        value=value, width=width, energy=energy, adapters=adapters, flip=flip, changes=changes or [], distance=distance, n=n,
+        every=every, seed=seed, weights=weights, device=device,
     )  # fmt: skip
     if not done:
         raise typer.Exit(130)
