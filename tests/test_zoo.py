@@ -1,23 +1,32 @@
 """What comes with the library: its cards say what the files are, and the models do what the cards say."""
 
 import hashlib
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import quieten
+from conftest import Type
+from quieten.bundled import ZOO, bundles
 from quieten.classify import accuracy
 from quieten.config import build_grid
 from quieten.data import load
-from quieten.features import Extractor
+from quieten.features import Extractor, Statistics
+from quieten.metrics import Result, frechet
 from quieten.nets import Classifier
+from quieten.policies import load_policy
 from quieten.runs import load_with_recipe
+from quieten.samplers import sampler
 from quieten.sampling import generate
 from quieten.solver import Exponential
+from quieten.source import open_source
+from quieten.variance import load_variance
 from quieten.wrap import Clipped
 
-ZOO = Path(quieten.__file__).parent / "zoo"
 FILES = sorted(ZOO.rglob("*.safetensors"))
 
 
@@ -27,8 +36,8 @@ def test_the_card_names_every_file_by_its_hash(file):
 
 
 def test_the_files_are_small():
-    size = sum(file.stat().st_size for file in FILES)
-    assert size <= 6 * 2**20, f"{size / 2**20:.1f} MiB"
+    size = sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file())
+    assert size <= 12 * 2**20, f"{size / 2**20:.1f} MiB"
 
 
 def test_unknown_names_are_refused():
@@ -36,6 +45,68 @@ def test_unknown_names_are_refused():
         quieten.load("zoo:fashon")
     with pytest.raises(ValueError, match=r"'fashon'.*fashion-mnist"):
         Extractor.zoo("fashon")
+    with pytest.raises(ValueError, match=r"no statistics 'fashon'.*fashion-mnist"):
+        Statistics.zoo("fashon")
+
+
+@pytest.mark.parametrize("bundle", bundles(), ids=lambda bundle: bundle.name)
+def test_every_model_has_all_that_belongs_to_it(bundle):
+    """And what there is fits together: heads their trunk, statistics their extractor."""
+    opened = open_source(f"zoo:{bundle.name}", device="cpu")
+    assert next(opened.denoiser.parameters()).dtype == torch.float32
+    assert {"analytic", "ocm"} <= set(bundle.variances)
+    for name in bundle.variances:
+        load_variance(opened.variances, name, opened.denoiser)
+    for name in bundle.policies:
+        assert load_policy(opened.policies, name, opened.denoiser).T >= 1
+    statistics, extractor = Statistics.zoo(bundle.name), Extractor.zoo(bundle.name)
+    assert statistics.extractor == extractor.hash
+    shape = opened.denoiser.shape
+    assert extractor.extract(torch.zeros(2, *shape)).shape == (2, len(statistics.mean))
+    assert statistics.n > 10 * len(statistics.mean)
+    log = [json.loads(line) for line in bundle.log.read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert bundle.quality["samples"]
+    for row in bundle.quality["samples"]:
+        result = Result.from_dict(row["result"])
+        assert result.protocol.extractor_hash == extractor.hash
+        assert result.figure() == row["frechet"]
+
+
+def test_samples_are_as_good_as_the_list_says():
+    """The digits' figure again, from nothing but what comes along; within what sampling leaves open."""
+    bundle = next(bundle for bundle in bundles() if bundle.name == "digits")
+    row = Result.from_dict(bundle.quality["samples"][-1]["result"])
+    opened = open_source("zoo:digits", device="cpu")
+    transition, grid = sampler(opened.transition[0], opened.grid(bundle.quality["samples"][-1]["steps"], None))
+    label = torch.arange(500) % 10
+    x = generate(Clipped(opened.denoiser), 500, grid=grid, transition=transition, cond={"label": label}, batch=250, seed=1)
+    found = frechet(x, Statistics.zoo("digits"), Extractor.zoo("digits"))
+    assert abs(found.details["corrected"] - row.details["corrected"]) < 5 * math.hypot(found.uncertainty, row.uncertainty)
+
+
+def test_the_wheel_takes_all_of_it():
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling (pip install hatchling)")
+    root = Path(__file__).parents[1]
+    packed = {file.distribution_path for file in wheel.WheelBuilder(str(root)).recurse_included_files()}
+    assert {f"quieten/zoo/{file.relative_to(ZOO).as_posix()}" for file in ZOO.rglob("*") if file.is_file()} <= packed
+
+
+def test_a_picture_by_the_beginning_of_a_name(typed: Type, tmp_path):
+    ran = typed("sample", "zoo:fashion", "--steps", 5, "-n", 4, "--out", tmp_path / "grid.png", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert Image.open(tmp_path / "grid.png").size[0] > 28
+
+
+def test_the_list(typed: Type):
+    ran = typed("zoo")
+    for bundle in bundles():
+        for piece in (bundle.name, *bundle.variances, *bundle.policies, *(file.stem for file in bundle.classifiers)):
+            assert piece in ran.out
+    one = typed("zoo", "zoo:fash")
+    assert "zoo:fashion-mnist" in one.out
+    assert "zoo:emoji" not in one.out
+    assert typed("zoo", "fashon").code == 2
 
 
 @pytest.fixture(scope="module")
