@@ -2,14 +2,16 @@
 #
 # PYTHON=python3.12    another interpreter for the environment
 # VENV=DIR             another folder for it
-# DEMO_FLAGS, PYTEST_FLAGS, BENCH    passed on, e.g. make test PYTEST_FLAGS="-m 'not slow' -n 2"
+# DEMO_FLAGS, PYTEST_FLAGS, BENCH    passed on, e.g. make test PYTEST_FLAGS="-m 'not slow' -n 2", make bench BENCH=loop
+# QUICK=1              make bench in minutes, with rough figures
 
 PYTHON ?= python3
 VENV ?= .venv
-BENCH ?= benchmarks/loop.py benchmarks/nets.py benchmarks/train.py benchmarks/ocm.py
+BENCH ?=
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 SITE := build/site
+PEERS := build/peers
 
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -60,10 +62,17 @@ wheel: $(STAMP) ## build the wheel, and run what it installs
 	@cd build && PYTHONPATH=site $(BIN)/python -c \
 		'import pathlib, quieten; assert pathlib.Path(quieten.__file__).is_relative_to(pathlib.Path("site").resolve())'
 	@cd build && PYTHONPATH=site site/bin/quieten --help > /dev/null
-	@echo "the wheel imports, and its command runs"
+	@cd build && PYTHONPATH=site HF_HUB_OFFLINE=1 site/bin/quieten sample zoo:fashion --steps 5 -n 4 --out grid.png > /dev/null
+	@echo "the wheel imports, and its command draws what comes along"
 
-bench: $(STAMP) ## run the benchmarks, or those named in BENCH
-	@set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file; done
+bench: $(STAMP) $(PEERS)/.installed ## run the benchmarks, or those named in BENCH: runs/bench/table.md
+	$(BIN)/python benchmarks/run.py $(BENCH) --peers $(PEERS) $(if $(QUICK),--quick)
+
+# Apart from the environment and without what they depend on, so that it stays as it is. Those that cannot be had are left out.
+$(PEERS)/.installed: benchmarks/peers.txt | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(PEERS) -r $< || \
+		echo "peers are left out of the benchmarks: they could not be installed" >&2
+	@mkdir -p $(PEERS) && touch $@
 
 clean: ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
