@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["column", "evaluating", "explained", "follow", "follower", "frozen", "largest", "mean", "spread"]
+__all__ = ["column", "contrast", "evaluating", "explained", "follow", "follower", "frozen", "largest", "mean", "spread"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,6 +28,21 @@ def column(out: Any, x: Tensor, name: str) -> Tensor:
         raise ValueError(f"`{name}` must return one number for each of the {len(x)} states, ({len(x)},) or ({len(x)}, 1) "
                          f"(got {got})")  # fmt: skip
     return out
+
+
+def contrast(data: Tensor, drawn: Tensor, gamma: float) -> Tensor:
+    r"""The energy's loss, E_data[E] - E_policy[E] + gamma (E_data[E^2] + E_policy[E^2]): ().
+
+    For fixed samples its optimum is E = (pi - p) / (2 gamma (pi + p)), within 1 / (2 gamma), and the loss there is
+    -L / (2 gamma) with L the Le Cam distance of the two, in [0, 1].
+
+    Arguments:
+        data: Energies of data (B,).
+        drawn: Energies of the policy's samples (B,).
+        gamma: Weight of the squares; 0 leaves them out.
+    """
+    loss = mean(data) - mean(drawn)
+    return loss + gamma * (mean(data.square()) + mean(drawn.square())) if gamma else loss
 
 
 def mean(x: Tensor) -> Tensor:

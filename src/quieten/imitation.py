@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .critics import column, evaluating, explained, follow, follower, frozen, largest, mean, spread
+from .critics import column, contrast, evaluating, explained, follow, follower, frozen, largest, mean, spread
 from .gaussian import Gaussian
 from .noise import INITIAL, Draws
 from .pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded
@@ -131,12 +131,7 @@ class MaxEntIRL(nn.Module):
         return told
 
     def critic(
-        self,
-        x0: Tensor,
-        cond: Mapping[str, Tensor],
-        draws: Draws,
-        average: Average | None = None,
-        turn: int = 0,
+        self, x0: Tensor, cond: Mapping[str, Tensor], draws: Draws, average: Average | None = None, turn: int = 0
     ) -> tuple[Rollout, dict[str, Tensor]]:
         """A rollout, and what `learn` makes of it (steps 1 to 4)."""
         scale = self.settings.explore * float(shared_uniforms(draws, f"explore {turn}", 1)) if self.settings.explore else 0.0
@@ -156,9 +151,9 @@ class MaxEntIRL(nn.Module):
 
         Returns:
             () unless said otherwise: energy_loss, e_data and e_policy (mean energies), gap (their difference), le_cam
-            (-2 gamma L: 0 where samples match data, 1 where they are lost), energy_range (largest |E|), spread and spread_data
-            (standard deviation over the batch, mean over dimensions); for each step, (T,): s2, running_cost (per dimension),
-            rho, value (before its step), value_loss, explained (share of the target's variance).
+            (-2 gamma L: 0 where samples match data, 1 where they are lost; absent without gamma), energy_range (largest |E|),
+            spread and spread_data (standard deviation over the batch, mean over dimensions); for each step, (T,): s2, rho,
+            running_cost (per dimension), value (before its step), value_loss, explained (share of the target's variance).
         """
         moved = roll.moves.sum(1) / max(1, roll.moves.shape[1])
         if average is not None:
@@ -211,28 +206,22 @@ class MaxEntIRL(nn.Module):
         return self.policy.prior(keyed(draws, f"rollout {turn}")(INITIAL, x0))
 
     def _energy_step(self, x0: Tensor, roll: Rollout, average: Average | None) -> dict[str, Tensor]:
-        """min E_data[E] - E_policy[E] + gamma (E_data[E^2] + E_policy[E^2]), in one pass over both."""
+        """The energy sees data and samples in one pass, and takes a step on `contrast`."""
         if self.fixed:
             with torch.no_grad():
                 e = self.energy_of(roll.final, **roll.cond)
-            self._look(e, "the energy of the samples")
+            self._look(e, "the energy of the samples", average)
             return {"e_policy": mean(e), "energy_range": largest(e)}
-        s, n = self.settings, len(x0)
-        net = self.value if self.energy is None else self.energy
+        s, (name, net) = self.settings, ("value", self.value) if self.energy is None else ("energy", self.energy)
         net.train()
         e = self.energy_of(torch.cat([x0, roll.final.to(x0)]), **{key: torch.cat([c, c]) for key, c in roll.cond.items()})
-        data, drawn = e[:n], e[n:]
-        loss = mean(data) - mean(drawn)
-        gamma = s.gamma
-        if gamma:
-            loss = loss + gamma * (mean(data.square()) + mean(drawn.square()))
-        self._look(e, "the energy")
-        self._descend("value" if self.energy is None else "energy", loss, s.energy_clip, average)
-        with torch.no_grad():
-            told = {"energy_loss": loss.detach(), "e_data": mean(data), "e_policy": mean(drawn), "energy_range": largest(e)}
-            told["gap"] = told["e_data"] - told["e_policy"]
-            told["le_cam"] = -2.0 * gamma * told["energy_loss"]
-        return {name: t.detach() for name, t in told.items()}
+        self._look(e, "the energy", average)
+        data, drawn = e[: len(x0)], e[len(x0) :]
+        loss = contrast(data, drawn, s.gamma)
+        self._descend(name, loss, s.energy_clip, average)
+        data, drawn, loss = mean(data.detach()), mean(drawn.detach()), loss.detach()
+        told = {"energy_loss": loss, "e_data": data, "e_policy": drawn, "gap": data - drawn, "energy_range": largest(e)}
+        return {**told, "le_cam": -2.0 * s.gamma * loss} if s.gamma else told
 
     def _value_steps(self, roll: Rollout, draws: Draws, average: Average | None, turn: int) -> dict[str, Tensor]:
         """Sweeps over the steps, last first: V(x_k, k) towards what the next value and this step's costs add up to."""
@@ -256,7 +245,7 @@ class MaxEntIRL(nn.Module):
     def _value_step(self, roll: Rollout, k: int, noise: Any, average: Average | None) -> dict[str, Tensor]:
         x = roll.states[k]
         target = self._target_of(roll, k, noise)
-        self._look(target, f"the target of the value at step {k}")
+        self._look(target, f"the target of the value at step {k}", average)
         self.value.train()
         v = column(self.value(x, k, **roll.cond), x, "value")
         loss = mean((v - target).square())
@@ -395,12 +384,13 @@ class MaxEntIRL(nn.Module):
         optimizer.zero_grad(set_to_none=True)
         return norm.detach()
 
-    def _look(self, value: Tensor, what: str) -> None:
-        """Raises at once where looking is free, else takes a note for `check`."""
+    def _look(self, value: Tensor, what: str, average: Average | None = None) -> None:
+        """Raises at once where looking is free and all processes see the same, else takes a note for `check`."""
         good = value.detach().isfinite().all()
-        if good.device.type != "cpu":
+        if good.device.type != "cpu" or average is not None:
             self._bad[what] = self._bad[what] | ~good if what in self._bad else ~good
         elif not bool(good):
+            self._bad.clear()
             raise ValueError(f"{what} is not finite (iteration {self.iterations}): lower the learning rates, or gamma and tau")
 
     def _follow(self) -> None:

@@ -80,7 +80,7 @@ class PolicyGradient(MaxEntIRL):
         """One step on T MSE(V(x_k, k), E(x_T)), all states at once: the graphs of one k at a time are kept."""
         T, told = self.policy.T, {name: roll.moves.new_zeros(self.policy.T) for name in ("value", "value_loss", "explained")}
         target = self._finals(roll)
-        self._look(target, "the energy of the samples")
+        self._look(target, "the energy of the samples", average)
 
         def losses() -> Any:
             for k in range(T):
