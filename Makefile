@@ -70,9 +70,8 @@ bench: $(STAMP) $(PEERS)/.installed ## run the benchmarks, or those named in BEN
 
 # Apart from the environment and without what they depend on, so that it stays as it is. Those that cannot be had are left out.
 $(PEERS)/.installed: benchmarks/peers.txt | $(STAMP)
-	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(PEERS) -r $< || \
-		echo "peers are left out of the benchmarks: they could not be installed" >&2
-	@mkdir -p $(PEERS) && touch $@
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target $(PEERS) -r $< && touch $@ || \
+		echo "the benchmarks leave other libraries out: they could not be installed" >&2
 
 clean: ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
