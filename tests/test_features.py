@@ -17,6 +17,7 @@ from torch import Tensor
 from conftest import Type
 from quieten.data import load
 from quieten.features import Extractor, Statistics, gather_rows, statistics_of
+from quieten.metrics import Result, energy_distance, frechet, kid, memorisation, prdc, sliced_wasserstein
 from quieten.runs import read_tensors
 
 SHORT = ("--images", 640, "--batch", 32, "--width", 8, "--device", "cpu")
@@ -96,6 +97,19 @@ def test_statistics_do_not_depend_on_the_batch(judge: Path, batch: int) -> None:
         assert float((parts.covariance - whole.covariance).abs().amax()) <= bound * scale
 
 
+@pytest.mark.parametrize("batch", [1, 17])
+def test_no_metric_depends_on_the_batch(judge: Path, batch: int) -> None:
+    extractor, data, real = Extractor.load(judge), load("digits", split="test").all(), load("digits").all()[:400]
+    results = []
+    for size in (batch, 256):
+        x, y = extractor.extract(data, size), extractor.extract(real, size)
+        given = extractor.for_features()
+        results.append([*every_metric(x, y, Statistics.of(y), given), memorisation(x[:100], y, x[100:], given).result])
+    for one, other in zip(*results, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-5), one.name
+        assert one.uncertainty == pytest.approx(other.uncertainty, rel=1e-4), one.name
+
+
 def test_merging_is_one_pass() -> None:
     x = 1e5 + draws(100, 4)
     want = Statistics.of(x, "abc")
@@ -166,25 +180,27 @@ def test_a_reference_batch_of_adm(typed: Type, judge: Path, tmp_path: Path) -> N
 HERE = Path(__file__)
 
 
+def every_metric(x: Tensor, y: Tensor, reference: Statistics, given: Extractor) -> list[Result]:
+    """Of features against features."""
+    return [
+        frechet(x, reference, given),
+        kid(x, y, given, blocks=5, size=100),
+        energy_distance(x, y, extractor=given),
+        sliced_wasserstein(x, y, 50, extractor=given),
+        *prdc(x, y, given).values(),
+    ]
+
+
 def measured(folder: Path) -> None:
     """What each process does: its share of the features, then every metric on all of them."""
     from torch import distributed
-
-    from quieten.metrics import energy_distance, frechet, kid, prdc, sliced_wasserstein
 
     extractor = Extractor.load(folder / "judge.safetensors")
     data, real = load("digits", split="test"), load("digits")
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     places = torch.arange(rank, len(data), world)
-    given, features = extractor.for_features(), gather_rows(extractor.extract(data.batch(places)[0], 50), places)
-    reference = extractor.extract(real.all())
-    results = [
-        frechet(features, statistics_of(real, extractor), given),
-        kid(features, reference, given, blocks=5, size=100),
-        energy_distance(features, reference, extractor=given),
-        sliced_wasserstein(features, reference, 50, extractor=given),
-        *prdc(features, reference, given).values(),
-    ]
+    features = gather_rows(extractor.extract(data.batch(places)[0], 50), places)
+    results = every_metric(features, extractor.extract(real.all()), statistics_of(real, extractor), extractor.for_features())
     if rank == 0:
         (folder / f"{world}.json").write_text(json.dumps([result.to_dict() for result in results]))
 
