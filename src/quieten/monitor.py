@@ -218,7 +218,9 @@ def check_le_cam(r: Reading) -> Check | None:
     value = le_cam(r.energy_loss, r.gamma)
     text = f"the Le Cam distance of samples and data is about {value:.2f} (0 matched, 1 lost)"
     if value > 0.9:
-        return Check("Le Cam", "fail", value, f"{text}, the energy is saturated: lower the energy's lr, or the policy's")
+        return Check(
+            "Le Cam", "fail", value, f"{text}, the energy is saturated: lower its lr, or give more data, it knows these"
+        )
     if value > 0.7:
         return Check(
             "Le Cam", "warn", value, f"{text}, the policy falls behind: take more policy steps (n_generator), or raise lr"

@@ -24,8 +24,8 @@ from .yardstick import Yardstick
 __all__ = ["PLAN", "Outcome", "tune"]
 
 PLAN = Train(
-    images=64_000, batch=64, lr=5e-6, betas=(0.5, 0.99), warmup=640, clip=None, ema=6_400, ema_warmup=0.5, precision="fp32",
-    log_every=10, preview_every=6_400, save_minutes=3.0,
+    images=44_800, batch=64, lr=1e-5, betas=(0.5, 0.99), warmup=640, clip=None, ema=6_400, ema_warmup=0.5, precision="fp32",
+    log_every=10, preview_every=3_200, save_minutes=3.0,
 )  # fmt: skip
 """How policies are tuned unless told otherwise: `lr` is that of the means' network, `preview_every` says how often samples are
 drawn, looked at and measured."""
@@ -60,7 +60,7 @@ def tune(
     start: Start | None = None,
     train: Train | None = None,
     distance: str = "auto",
-    n: int = 2000,
+    n: int = 1000,
     reward: Any = None,
     callbacks: Sequence[Callable[[Row], None]] = (),
 ) -> Outcome:

@@ -42,7 +42,7 @@ class Yardstick:
         ValueError: For an unknown kind, or one that does not suit the data.
     """
 
-    def __init__(self, train: Dataset, held: Dataset, kind: str = "auto", n: int = 2000, seed: int = 0):
+    def __init__(self, train: Dataset, held: Dataset, kind: str = "auto", n: int = 1000, seed: int = 0):
         if kind not in KINDS:
             raise ValueError(f"`distance` must be one of {', '.join(KINDS)} (got {kind!r})")
         if n < 16:

@@ -22,9 +22,9 @@ def tune(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What it is sampled by. Default: the method and the steps, dxmi-4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: `policy` in the run; ./policy for zoo and hub.")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Examples to show. Default: 64,000.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Examples to show. Default: 44,800.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples, and trajectories, of an iteration. Default: 64.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the means' network. Default: 5e-6.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the means' network. Default: 1e-5.")] = None,
     value_lr: Annotated[float | None, typer.Option(help="Of the value, far above --lr. Default: 3e-4.")] = None,
     std_lr: Annotated[float | None, typer.Option(help="Of the log standard deviations. Default: 3e-4.")] = None,
     start: Annotated[
@@ -62,8 +62,8 @@ def tune(
     distance: Annotated[
         str, typer.Option(help="Chooses the checkpoint: zoo, pixels (Frechet), sliced (Wasserstein); auto takes what suits.")
     ] = "auto",
-    n: Annotated[int, typer.Option("-n", "--n", min=16, help="Samples of each measurement.")] = 2000,
-    every: Annotated[int | None, typer.Option(min=1, help="Examples between measurements. Default: 6,400.")] = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=16, help="Samples of each measurement.")] = 1000,
+    every: Annotated[int | None, typer.Option(min=1, help="Examples between measurements. Default: 3,200.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order, the noise and the value's first weights.")] = 0,
     weights: Weights = "ema",
     device: Device = None,

@@ -38,7 +38,7 @@ def tune(
     name: str | None = None,
     out: Any = None,
     distance: str = "auto",
-    n: int = 2000,
+    n: int = 1000,
     every: int | None = None,
     seed: int = 0,
     weights: str = "ema",
