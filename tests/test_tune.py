@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -392,12 +393,29 @@ def test_two_processes_tune_as_one(toy: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(first["auxiliary.s2"], second["auxiliary.s2"], rtol=1e-5, atol=0)
 
 
-def test_the_command_line_tunes_and_samples(toy: Path, tmp_path: Path, typed: Type) -> None:
-    data = tmp_path / "toy.npz"
-    import numpy as np
+def data_file(folder: Path) -> Path:
+    """The toy's data as a file."""
+    data, pictures = folder / "toy.npz", toy_data(200)
+    grey = ((pictures.images + 1.0).clamp(0, 2) * 127.5).to(torch.uint8)
+    np.savez(data, images=grey.numpy(), labels=pictures.labels.numpy())
+    return data
 
-    pictures = toy_data(200)
-    np.savez(data, images=((pictures.images + 1.0).clamp(0, 2) * 127.5).to(torch.uint8).numpy(), labels=pictures.labels.numpy())
+
+def test_a_recipe_says_how_its_runs_are_tuned(tmp_path: Path, typed: Type) -> None:
+    run = toy_run(tmp_path / "run", "tune={kind: dxmi, T: 3, images: 16, batch: 8, head_start: 0, settings: {tau1: 0.02}}")
+    fit(run, data=toy_data())
+    ran = typed("tune", run.path, data_file(tmp_path), "-n", 20, "--tau2", 0.03)
+    assert ran.code == 0, ran.err
+    facts = json.loads((run.path / "policy" / "dxmi-3.json").read_text())["facts"]
+    assert (facts["start"]["T"], facts["images"], facts["start"]["head_start"]) == (3, 16, 0)
+    assert facts["start"]["settings"] == {"tau1": 0.02, "tau2": 0.03}
+    ran = typed("tune", run.path, data_file(tmp_path), "-n", 20, "--steps", 2, "--images", 8, "--batch", 8)
+    assert ran.code == 0, ran.err  # another number of steps: the recipe's choices are not for it
+    assert json.loads((run.path / "policy" / "dxmi-2.json").read_text())["facts"]["start"]["settings"] == {}
+
+
+def test_the_command_line_tunes_and_samples(toy: Path, tmp_path: Path, typed: Type) -> None:
+    data = data_file(tmp_path)
     command = ("tune", toy, data, "--steps", 2, "--images", 32, "--batch", 8, "--every", 16, "-n", 20, "--lr", 1e-4)
     ran = typed(*command, "--tau1", 0.01, "--time-cost", "linear", "--n-generator", "all", "--set", "analytic_cost=true")
     assert ran.code == 0, ran.err
