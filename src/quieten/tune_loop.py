@@ -93,8 +93,8 @@ class Tuning(Session):
         (batch,), (positions,) = parts, self.positions
         self._set_rates()
         self.update.iterations = self.step
-        draws, many = Draws(self.plan.seed, self.step, positions, self.plan.batch), self.accelerator.num_processes > 1
-        average = self._averaged if many else None
+        draws = Draws(self.plan.seed, self.step, positions, self.plan.batch)
+        average = self._averaged if self.accelerator.num_processes > 1 else None
         trouble = ""
         try:
             if self.images < self.head_start:
@@ -102,7 +102,7 @@ class Tuning(Session):
             else:
                 told = self.update.iterate(batch.x0, batch.cond, draws, average)
         except ValueError as error:
-            if "is not finite" not in str(error) or many:  # the other processes would wait for this one
+            if "is not finite" not in str(error):  # such numbers are bad on all processes together
                 raise
             told, trouble = {}, str(error)
         self.step += 1
