@@ -199,6 +199,8 @@ def _measure(
 def _unconditional(opened: Source, tests: Dataset) -> dict[str, Tensor]:
     """Conditions that say nothing, so that a score does not know the class; labels where a model cannot do without."""
     n = len(tests)
+    if opened.prompt is not None:
+        raise ValueError("this model draws what a text says, and data have none: take --by energy, pca or knn")
     if opened.null or not opened.classes:
         return {name: torch.full((n,), value) for name, value in opened.null.items()}
     if tests.labels is None or len(tests.classes) != len(opened.classes):
