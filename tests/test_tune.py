@@ -279,7 +279,7 @@ def test_data_that_do_not_fit_are_refused(toy: Path, tmp_path: Path) -> None:
         Start(T=2, head_start=0, settings={"n_critic": 2, "entropy_in_value": 0, "velocity_in_value": 0}),
         Start(T=2, head_start=0, method="sft-pg", settings={"n_generator": 2}),
         Start(T=2, head_start=0, method="sft-ppo"),
-        Start(T=6, head_start=0),
+        Start(T=3, head_start=0, energy="own"),
         Start(T=2, head_start=0, energy="own", value="perceptron", width=8),
         Start(T=2, head_start=0, energy="own", value="residual", width=4),
         Start(T=2, head_start=0, method="bptt"),

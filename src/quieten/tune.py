@@ -24,7 +24,7 @@ from .yardstick import Yardstick
 __all__ = ["PLAN", "Outcome", "tune"]
 
 PLAN = Train(
-    images=44_800, batch=64, lr=1e-5, betas=(0.5, 0.99), warmup=640, clip=None, ema=6_400, ema_warmup=0.5, precision="fp32",
+    images=25_600, batch=64, lr=1e-5, betas=(0.5, 0.99), warmup=640, clip=None, ema=6_400, ema_warmup=0.5, precision="fp32",
     log_every=10, preview_every=3_200, save_minutes=3.0,
 )  # fmt: skip
 """How policies are tuned unless told otherwise: `lr` is that of the means' network, `preview_every` says how often samples are

@@ -69,8 +69,8 @@ class Start:
         last_std: Standard deviation of the step to the data.
         value: "encoder" (borrowed from the denoiser), "residual", "perceptron"; "auto" takes the first that suits.
         width: Units or channels of the value's own layers; None takes what suits.
-        energy: "own" gives the energy a network of its own; "value" takes V(., T), as for images in the paper, where each of
-            the T steps of the value between two of the energy moves the energy too. "auto" is "own" beyond 5 steps.
+        energy: "value" takes V(., T), as for images in the paper; "own" gives the energy a network of its own, which the T
+            steps of the value between two of the energy then do not move.
         adapters: Rank of low-rank adapters, the only weights of the network that are then trained; 0 trains all.
         head_start: Examples that the value sees before the policy begins to learn.
         value_decay: Share of its learning rate that the value keeps to the end.
@@ -92,7 +92,7 @@ class Start:
     last_std: float = 1e-3
     value: Literal["auto", "encoder", "residual", "perceptron"] = "auto"
     width: int | None = None
-    energy: Literal["auto", "own", "value"] = "auto"
+    energy: Literal["value", "own"] = "value"
     adapters: int = 0
     head_start: int = 3_200
     value_decay: float = 0.1
@@ -137,7 +137,7 @@ class Start:
 
 
 VALUES = ("auto", "encoder", "residual", "perceptron")
-ENERGIES = ("auto", "own", "value")
+ENERGIES = ("value", "own")
 
 
 def section(
@@ -151,7 +151,7 @@ def section(
     last_std: float = 1e-3,
     value: Literal["auto", "encoder", "residual", "perceptron"] = "auto",
     width: int | None = None,
-    energy: Literal["auto", "own", "value"] = "auto",
+    energy: Literal["value", "own"] = "value",
     adapters: int = 0,
     head_start: int = 3_200,
     value_decay: float = 0.1,
@@ -254,7 +254,7 @@ def make_value(policy: Policy, start: Start, classes: int, terminal: bool = True
 
 def make_energy(policy: Policy, start: Start, classes: int) -> nn.Module | None:
     """The energy, freshly initialised, of the kind of the value; None where the value is the energy."""
-    if start.energy == "value" or (start.energy == "auto" and start.T <= 5):
+    if start.energy == "value":
         return None
     shape, width = _shape(policy), start.width
     if _borrows(policy, start):

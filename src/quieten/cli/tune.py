@@ -22,7 +22,7 @@ def tune(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What it is sampled by. Default: the method and the steps, dxmi-4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: `policy` in the run; ./policy for zoo and hub.")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Examples to show. Default: 44,800.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Examples to show. Default: 25,600.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples, and trajectories, of an iteration. Default: 64.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the means' network. Default: 1e-5.")] = None,
     value_lr: Annotated[float | None, typer.Option(help="Of the value, far above --lr. Default: 3e-4.")] = None,
@@ -49,9 +49,7 @@ def tune(
     n_critic: Annotated[int | None, typer.Option(min=1, help="Sweeps of energy and value for each. Default: 1.")] = None,
     value: Annotated[str | None, typer.Option(help="auto (default), encoder (the model's own), residual, perceptron.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels or units of the value.")] = None,
-    energy: Annotated[
-        str | None, typer.Option(help="auto (default), own (a network of its own), value (the value's last state).")
-    ] = None,
+    energy: Annotated[str | None, typer.Option(help="value (default: its last state), or own (a network of its own).")] = None,
     adapters: Annotated[
         int | None, typer.Option(min=0, help="Rank of low-rank adapters, the only weights then trained. Default: 0, all.")
     ] = None,
