@@ -13,13 +13,16 @@ missing is left out and named. With --check the exit status says whether no rati
 
 from __future__ import annotations
 
+import os
+
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, whoever does it
+
 import argparse
 import ast
 import importlib.util
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -308,7 +311,6 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, by the libraries
     sys.path.append(str(args.peers))  # last: what the environment has stays what it is
     found, missing = cases()
     title = header()

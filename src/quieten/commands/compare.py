@@ -24,9 +24,9 @@ from ..judge import Judge
 from ..likelihood import evaluate, fit_decoder
 from ..lineup import GROUPS, Entrant, standard
 from ..plots import pareto
-from ..policy import Tuned
 from ..source import Source, open_source
 from ..transition import Ancestral, Transition
+from ..tuned import Tuned
 from .nll import Asked, decoder_of, examples_of, load_data
 
 __all__ = ["run"]
