@@ -65,7 +65,7 @@ def keep(run: Path, every: int) -> Callable[[dict[str, Any]], None]:
 
 def learn(run: Path, kind: str, seed: int, images: int, every: int) -> None:
     """Trains a run to its end, going on where it was left."""
-    if (run / "config.yaml").is_file() and _last(run).get("images", 0) >= images:
+    if (run / "config.yaml").is_file() and (_metrics(run) or [{"images": 0}])[-1]["images"] >= images:
         return
     changes = [f"train.images={images}", f"train.seed={seed}", f"train.save_every={every}", "train.preview_every=null"]
     look = keep(run, every)
@@ -73,9 +73,9 @@ def learn(run: Path, kind: str, seed: int, images: int, every: int) -> None:
     look({})
 
 
-def _last(run: Path) -> dict[str, Any]:
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
-    return dict(json.loads(lines[-1])) if lines else {}
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def measured(place: Path, data: Dataset, n: int) -> dict[str, torch.Tensor]:
@@ -96,14 +96,14 @@ def figure(values: torch.Tensor) -> str:
     return f"{float(values.mean()):.4f} ± {float(values.std()) / math.sqrt(len(values)):.4f}"
 
 
-def table(folder: Path, seeds: Sequence[int], n: int, png: Path | None) -> None:
-    """Every term at the end of training, the differences, and the curves."""
+def table(folder: Path, seeds: Sequence[int], n: int) -> None:
+    """Every term at the end of training, and the differences along it."""
     data = load("fashion-mnist", split="test")
     pairs = [seed for seed in seeds if all(len(_places(folder, kind, seed)) for kind in KINDS)]
     curves: dict[tuple[str, int], list[tuple[int, dict[str, torch.Tensor]]]] = {}
     for kind in KINDS:
         for seed in pairs:
-            curves[kind, seed] = [(int(p.name), measured(p, data, n)) for p in _places(folder, kind, seed)]
+            curves[kind, seed] = [(seen, measured(p, data, n)) for seen, p in _places(folder, kind, seed)]
     print(f"{n} test images, bits/dim, ± one standard error over times, noise and images\n")
     print("| | images seen | " + " | ".join(TERMS) + " |\n|---|---|" + "---|" * len(TERMS))
     for (kind, seed), curve in curves.items():
@@ -119,27 +119,41 @@ def table(folder: Path, seeds: Sequence[int], n: int, png: Path | None) -> None:
             ours, plain = (dict(curves[kind, seed])[images] for kind in ("diffenc", "vdm"))
             cells += [figure(ours[name] - plain[name]) for name in ("diffusion", "total")]
         print(f"| {images:,} | " + " | ".join(cells) + " |")
-    if png is not None and curves:
-        draw(curves, png)
 
 
-def _places(folder: Path, kind: str, seed: int) -> list[Path]:
-    return sorted((folder / f"{kind}{seed}" / "kept").glob("[0-9]*"))
+def _places(folder: Path, kind: str, seed: int) -> list[tuple[int, Path]]:
+    """Images seen and folder of the weights that were kept, or those of the end alone."""
+    run = folder / f"{kind}{seed}"
+    kept = sorted((run / "kept").glob("[0-9]*"))
+    return [(int(p.name), p) for p in kept] or [(row["images"], run) for row in _metrics(run)[-1:]]
 
 
-def draw(curves: dict[tuple[str, int], list[tuple[int, dict[str, torch.Tensor]]]], png: Path) -> None:
-    chart, axes = figure_axes("training images", "test bits/dim, averaged weights")
-    for (kind, seed), curve in curves.items():
-        colour = INK if kind == "vdm" else COLOURS[1]
-        x = [images for images, _ in curve]
-        dash = ("-", "--", ":")[seed % 3]
-        axes.plot(x, [float(t["total"].mean()) for _, t in curve], dash, color=colour, marker="o", markersize=3.5,
-                  linewidth=1.7, label=f"{LABELS[kind]}, seed {seed}")  # fmt: skip
-    low = min(float(t["total"].mean()) for curve in curves.values() for _, t in curve)
-    axes.set_ylim(low - 0.03, low + 0.6)
+def draw(folder: Path, seeds: Sequence[int], png: Path) -> None:
+    """The diffusion term while training, as the metrics have it: of the weights of the moment, on training images."""
+    chart, axes = figure_axes("training images", "diffusion term, bits/dim")
+    low = math.inf
+    for kind in KINDS:
+        for seed in seeds:
+            rows = _metrics(folder / f"{kind}{seed}")
+            values = [row["diffusion"] for row in rows]
+            low = min([low, *values])
+            style = {"color": INK if kind == "vdm" else COLOURS[1], "linestyle": ("-", "--", ":")[seed % 3], "linewidth": 1.7}
+            axes.plot([row["images"] for row in rows], values, label=f"{LABELS[kind]}, seed {seed}", **style)
+    axes.set_ylim(low - 0.05, low + 1.5)
     axes.legend(frameon=False, labelcolor=INK, fontsize=10)
     png.parent.mkdir(parents=True, exist_ok=True)
     chart.savefig(png, dpi=110, facecolor="white")
+
+
+def paired(folder: Path, seeds: Sequence[int], points: int = 5) -> None:
+    """DiffEnc less VDM while training, on the same images with the same times and noise: means over parts of the training."""
+    print("\ndiffusion term while training, DiffEnc less VDM, bits/dim, same images, times and noise:\n")
+    for seed in seeds:
+        vdm, ours = (_metrics(folder / f"{kind}{seed}") for kind in KINDS)
+        both = [(a["images"], b["diffusion"] - a["diffusion"]) for a, b in zip(vdm, ours, strict=False)]
+        size = max(1, len(both) // points)
+        parts = [both[i : i + size] for i in range(0, len(both) - size + 1, size)]
+        print(f"seed {seed}: " + ", ".join(f"{sum(d for _, d in part) / len(part):+.3f} to {part[-1][0]:,}" for part in parts))
 
 
 def cost(rounds: int) -> None:
@@ -177,7 +191,10 @@ def main() -> None:
     for seed in () if args.report_only else args.seeds:
         for kind in KINDS:
             learn(args.folder / f"{kind}{seed}", kind, seed, args.images, args.every)
-    table(args.folder, args.seeds, args.n, args.png)
+    paired(args.folder, args.seeds)
+    if args.png is not None:
+        draw(args.folder, args.seeds, args.png)
+    table(args.folder, args.seeds, args.n)
     cost(args.rounds)
 
 
