@@ -74,6 +74,10 @@ def test_extractors_by_name(judge: Path, tmp_path: Path) -> None:
     for wrong in ("0" * 64, "", "abc"):
         with pytest.raises(ValueError, match="`sha256`"):
             Extractor.load(judge, wrong)
+    with pytest.raises(ValueError, match="`sha256`"):
+        Extractor.load("zoo:fashion-mnist", "0" * 64)
+    with pytest.raises(ValueError, match="no classifier of clean images"):
+        Extractor.load("zoo:fashion-mnist-noisy")
     with pytest.raises(ValueError, match="pixels, zoo:NAME"):
         Extractor.load(tmp_path / "none")
     torch.save({"a": x}, tmp_path / "x.safetensors")

@@ -125,8 +125,7 @@ class Extractor:
         Raises:
             ValueError: If there is none of that name.
         """
-        path = bundled(name, "classifiers", what="classifier")
-        return replace(cls.load(path, device=device), name=f"zoo classifier of {path.stem}")
+        return cls.load(f"zoo:{name}", device=device)
 
     @classmethod
     def load(cls, name_or_path: str | Path, sha256: str | None = None, device: torch.device | str = "cpu") -> Extractor:
@@ -145,10 +144,10 @@ class Extractor:
         from .runs import read_tensors
 
         kind, _, rest = str(name_or_path).partition(":")
+        if kind == "zoo":
+            name_or_path = bundled(rest, "classifiers", what="classifier")
         if str(name_or_path) == "pixels":
             return cls.pixels()
-        if kind == "zoo":
-            return cls.zoo(rest, device)
         if kind in ("inception", "pytorch-fid"):
             from .inception import inception
 
@@ -159,11 +158,12 @@ class Extractor:
             raise ValueError(f"no extractor {str(name_or_path)!r}: {known}")
         checked(path, sha256)
         metadata = read_tensors(path, "write it with `quieten features train`")[1]
-        if "options" not in metadata or "step" in metadata:
-            what = "is not trained to the end" if "step" in metadata else "is no classifier"
+        if "options" not in metadata or {"step", "noise"} & metadata.keys():
+            what = "is not trained to the end" if "step" in metadata else "is no classifier of clean images"
             raise ValueError(f"{path} {what}: write one with `quieten features train`")
         options = json.loads(metadata["options"])
-        return cls.from_classifier(path, lambda: Classifier(**options).to(device))
+        name = f"zoo classifier of {path.stem}" if kind == "zoo" else None
+        return cls.from_classifier(path, lambda: Classifier(**options).to(device), name=name)
 
 
 def checked(path: Path, sha256: str | None) -> bytes:

@@ -41,9 +41,10 @@ def _lines(bundle: Bundle) -> Iterator[str]:
         yield f"  {'classifier':11s} {path.stem}: {_accuracy(path)}"
     yield f"  {'statistics':11s} {bundle.statistics.name if bundle.statistics else 'none'}"
     for row in bundle.quality.get("samples", ()):
-        yield f"  {'quality':11s} {row['sampler']} in {row['steps']} steps: {row['frechet']}"
+        corrected = row["result"]["details"]["corrected"]
+        yield f"  {'quality':11s} {row['sampler']} in {row['steps']} steps: {row['frechet']}, corrected for bias {corrected:.2g}"
     if "floor" in bundle.quality:
-        yield f"  {'':11s} (Frechet distance to the training data; of held-out data {bundle.quality['floor']})"
+        yield f"  {'':11s} (Frechet distance to the training data; that of held-out data: {bundle.quality['floor']})"
 
 
 def _accuracy(path: Path) -> str:
