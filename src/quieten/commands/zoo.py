@@ -42,7 +42,8 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     yield f"  {'statistics':11s} {bundle.statistics.name if bundle.statistics else 'none'}"
     for row in bundle.quality.get("samples", ()):
         corrected = row["result"]["details"]["corrected"]
-        yield f"  {'quality':11s} {row['sampler']} in {row['steps']} steps: {row['frechet']}, corrected for bias {corrected:.2g}"
+        told = f"{row['frechet']}, corrected for bias {corrected:.2g}"
+        yield f"  {'quality':11s} {row['sampler']} in {row['steps']} steps: {told}"
     if "floor" in bundle.quality:
         yield f"  {'':11s} (Frechet distance to the training data; that of held-out data: {bundle.quality['floor']})"
 
