@@ -32,23 +32,25 @@ from quieten.policies import load_policy
 from quieten.samplers import sampler
 from quieten.sampling import generate
 from quieten.source import Source, open_source
+from quieten.tune_start import Start, make_policy
 from quieten.wrap import Clipped
 
-ROWS = "ddpm:4,ddpm:10,ddpm:20,ddpm:100,ddim:4,ddim:10,dpm++:4,dpm++:10,dpm++:20"
+ROWS = "ddpm:4,ddpm:10,ddpm:100,ddim:4,ddim:10,dpm++:4,dpm++:10,start:4,start:10"
 
 
 def drawn(source: Source, row: str, n: int, seed: int) -> tuple[Tensor, int, float]:
-    """Samples of a sampler "name:steps" or of a policy, its evaluations, and processor seconds."""
+    """Samples of a sampler "name:steps", of a policy before tuning "start:steps", or of a policy; evaluations, seconds."""
     name, _, steps = row.partition(":")
     label = {"label": torch.arange(n) % len(source.classes)}
     common: dict[str, Any] = {"cond": label, "batch": 250, "seed": seed}
     begun = time.process_time()
-    if steps:
+    if steps and name != "start":
         transition, grid = sampler(name, source.grid(int(steps), None))
         x = generate(Clipped(source.denoiser), n, grid=grid, transition=transition, **common)
         count = int(steps)
     else:
-        policy = load_policy(source.policies, name, source.denoiser)
+        start = make_policy(source, Start(T=int(steps))) if steps else None
+        policy = load_policy(source.policies, name, source.denoiser) if start is None else start
         x = generate(policy.denoiser, n, grid=policy.grid, transition=policy.transition, last="draw", **common)
         count = policy.T
     return x.clamp(-1.0, 1.0), count, time.process_time() - begun
