@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,27 @@ def test_what_is_learned_beside_the_denoiser_comes_back(schedule: str, bound: st
         if companions.excess is not None:
             assert torch.equal(companions.excess, tensors["objective.excess"])
             assert bool((companions.excess > 0).any())
+
+
+def test_runs_sample_with_the_variance_that_training_found(typed: Type, tmp_path: Path) -> None:
+    run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule=linear", "train.images=32",
+                  "encoder=contraction", "bound={kind: steps, count: 3, reverse_variance: optimal}", "sample.grid=schedule")  # fmt: skip
+    fit(run, data=toy_data())
+    files = ("--npz", tmp_path / "a.npz", "-n", 2, "--transition", "ancestral")
+    pictures = []
+    for options in ((), ("--variance", "optimal")):
+        ran = typed("sample", run.path, *files, "--steps", 4, *options)
+        assert ran.code == 0, ran.err
+        pictures.append(np.load(tmp_path / "a.npz", allow_pickle=False)["images"])
+    assert (pictures[0] != pictures[1]).any()
+    ran = typed("sample", run.path, *files, "--steps", 5, "--variance", "optimal")
+    assert ran.code == 2
+    assert "--steps 4" in ran.err
+    plain = toy_run(tmp_path / "plain", "train.images=16")
+    fit(plain, data=toy_data())
+    ran = typed("sample", plain.path, *files, "--variance", "optimal")
+    assert ran.code == 2
+    assert "reverse_variance=optimal" in ran.err
 
 
 def test_flows_of_encoded_models_have_a_name(typed: Type, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class Source:
         image: Shape (C, H, W) of those images.
         schedule: The curve of levels that the network was trained on, None where it is unknown.
         encoder: What the bound of the network was trained with, None without.
+        excess: By how much to widen each step of the training, see `bound.Widened`; None where that was not learned.
         fitting: What the recipe says of fitting one, as options of `quieten variance fit`; {} where it is silent.
         variances: Folders of variances that were fitted to it, in the order of searching; new ones go to the first.
         policies: Folders of policies that were tuned from it, likewise.
@@ -62,6 +63,7 @@ class Source:
     image: tuple[int, ...] | None = None
     schedule: Schedule | None = None
     encoder: Encoder | None = None
+    excess: Tensor | None = None
     fitting: Mapping[str, Any] = field(default_factory=dict)
     variances: tuple[Path, ...] = ()
     policies: tuple[Path, ...] = ()
@@ -145,6 +147,7 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         weights=weights if path.is_dir() else "exported",
         schedule=curve,
         encoder=beside.encoder,
+        excess=beside.excess,
         fitting={} if plan is None else {"kind": plan.kind, **plan.options},
         variances=_beside(source, path, "variance"),
         policies=_beside(source, path, "policy"),

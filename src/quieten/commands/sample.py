@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ..bound import Widened
 from ..data import to_pixels
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
@@ -95,6 +96,8 @@ def sample(
     out, npz = _targets(opened, out, npz, f"{name}-{steps}-seed{seed}{what}")
     counted = Counted(opened.denoiser)  # innermost: guidance asks it for two rows a sample
     model = _spread(opened, counted, name, variance)
+    if variance == "optimal":
+        build = _widened(opened, grid, build)
     plan = _plan(opened, model, clip, scale, cond, followed, name, build)
     started = time.perf_counter()
     x = torch.cat(list(_chunks(plan, n, batch, grid, cond, seed, "mean" if tuned is None else "draw")))
@@ -197,10 +200,22 @@ def _spread(source: Source, model: Denoiser, name: str, variance: str | None) ->
     if variance is not None and (entry is None or not getattr(entry.make(), "spread", False)):
         raise ValueError(f"`--variance {variance}` means nothing to the sampler {name!r}: take ancestral, ocm or ocm-ddim")
     wanted = variance or (None if entry is None else entry.variance)
-    if wanted is None:
+    if wanted is None or wanted == "optimal":
         return model
     bound = source.clip**2 if isinstance(source.clip, int | float) else None
     return WithCovariance(model, load_variance(source.variances, wanted, source.denoiser, cap=bound))
+
+
+def _widened(source: Source, grid: Tensor, build: Build) -> Build:
+    """What takes the steps, widened by what training found best for each."""
+    if source.excess is None or source.schedule is None:
+        raise ValueError("`--variance optimal` needs a run that was trained with bound.reverse_variance=optimal: give another, "
+                         "or measure what it is worth with `quieten nll --variance optimal`")  # fmt: skip
+    count, schedule, excess = len(source.excess), source.schedule, source.excess
+    if len(grid) != count + 2:
+        raise ValueError(f"`--variance optimal` was learned for the {count} steps between the run's levels: give --steps "
+                         f"{count + 1}, the last of which reads off the data")  # fmt: skip
+    return lambda guidance: Widened(build(guidance), schedule, excess)
 
 
 def _split(name: str, guidance: Guidance | None, options: Mapping[str, Any]) -> Transition:
