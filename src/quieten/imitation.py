@@ -28,7 +28,7 @@ from .running_cost import Auxiliary, time_costs
 from .tuning import Settings, check_parts, optimizers
 from .value_guide import kicked
 
-__all__ = ["MaxEntIRL", "Settings"]
+__all__ = ["Average", "MaxEntIRL", "Settings"]
 
 Average = Callable[[list[Tensor]], None]
 """Averages tensors in place over all processes."""
