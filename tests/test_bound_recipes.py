@@ -81,7 +81,8 @@ def test_what_is_learned_beside_the_denoiser_comes_back(schedule: str, bound: st
 
 def test_runs_sample_with_the_variance_that_training_found(typed: Type, tmp_path: Path) -> None:
     run = toy_run(tmp_path / "run", "objective.kind=bound", "objective.schedule=linear", "train.images=32",
-                  "encoder=contraction", "bound={kind: steps, count: 3, reverse_variance: optimal}", "sample.grid=schedule")  # fmt: skip
+                  "encoder=contraction", "sample.grid=schedule",
+                  "bound={kind: steps, count: 3, reverse_variance: optimal}")  # fmt: skip
     fit(run, data=toy_data())
     files = ("--npz", tmp_path / "a.npz", "-n", 2, "--transition", "ancestral")
     pictures = []
