@@ -22,6 +22,7 @@ def draw_curves(run: Run, first: float, std_start: Sequence[float]) -> None:
         std_start: Standard deviations of the steps before it.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     rows = run.metrics()
     lines, measured = [row for row in rows if "loss" in row], [row for row in rows if "distance" in row]
@@ -35,6 +36,8 @@ def draw_curves(run: Run, first: float, std_start: Sequence[float]) -> None:
         distance.axhline(measured[-1]["floor"], color=COLOURS[7], ls="--", label="data themselves")
         distance.legend(frameon=False)
     distance.set(xlabel="step", ylabel=f"distance, n={measured[-1]['n'] if measured else '?'}", yscale="log")
+    for axis in (distance.yaxis.set_major_formatter, distance.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, _: f"{value:.3g}"))
     for name, label, colour in (("e_data", "data", COLOURS[0]), ("e_policy", "samples", COLOURS[1])):
         _line(energy, lines, name, label, colour)
     _line(energy, lines, "le_cam", "Le Cam distance", COLOURS[2])
