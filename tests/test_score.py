@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import quieten.tune
 from conftest import Type
 from helpers import refuses, within
 from quieten.commands.score import BY, score, tuned_energy
@@ -30,11 +29,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy model, hardly trained, and its policy, hardly tuned."""
     run = toy_run(tmp_path_factory.mktemp("toy") / "toy", "train.images=16")
     fit(run, data=toy_data())
-    patch = pytest.MonkeyPatch()
-    patch.setattr(quieten.tune, "diagnose", lambda reading: [])
     plan = PLAN.model_copy(update={"images": 16, "batch": 8, "log_every": 1, "preview_every": 16, "warmup": 0})
     tune(open_source(str(run.path)), toy_data(60), toy_data(40), start=Start(T=2, head_start=0), train=plan, n=20)
-    patch.undo()
     return run.path
 
 
