@@ -139,7 +139,7 @@ def _point(k: int, row: Row, cost: Callable[[Row], float], metric: str) -> Point
     return Point(cost(row), result.value, result.uncertainty or 0.0, words, f"r{k}")
 
 
-def _places(values: Sequence[float], ratio: float = 1.3) -> list[float]:
+def _places(values: Sequence[float], ratio: float = 1.24) -> list[float]:
     """The values that occur most often, none so near to another that labels would touch."""
     chosen: list[float] = []
     for value in sorted(set(values), key=lambda v: (-values.count(v), v)):

@@ -199,7 +199,7 @@ def _point(pair: tuple[float, Any]) -> tuple[float, float, float]:
     )
 
 
-def _spaced(positions: Sequence[float], ratio: float = 1.25) -> list[float]:
+def _spaced(positions: Sequence[float], ratio: float = 1.24) -> list[float]:
     """The positions that occur most often, none so close to another that their labels would touch."""
     chosen: list[float] = []
     for p in sorted(set(positions), key=lambda p: (-positions.count(p), p)):

@@ -40,13 +40,13 @@ def _options(
     pass
 
 
-def as_typed(context: typer.Context) -> str:
-    """The command of a context with what was given to it, for reports: whoever types it gets the same."""
+def as_typed(context: typer.Context, without: str = "") -> str:
+    """The command of a context with what was given to it, but for one option: for reports, to get the same again."""
     words = context.command_path.split()
     for parameter in context.command.params:
         name, value = str(parameter.name), context.params.get(str(parameter.name))
         source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
+        if source is None or source.name != "COMMANDLINE" or name == without:
             continue
         if parameter.param_type_name == "argument":
             words.append(str(value))

@@ -81,7 +81,7 @@ def compare(
     done = run(
         source, data, transitions=names, steps=[int(part) for part in numbers], against=against or [], n=n, seed=seed,
         features=features, nll=nll, scale=scale, prompt=prompt, clip=clip, spacing=grid, out=out, figure=figure, batch=batch,
-        weights=weights, device=device, draw=draw, command=as_typed(context),
+        weights=weights, device=device, draw=draw, command=as_typed(context, without="draw"),
     )  # fmt: skip
     if not done:
         raise typer.Exit(130)
