@@ -4,8 +4,9 @@
 
 Six samplers in 5 and 10 steps on zoo:fashion-mnist, into an empty folder. The time within the network is measured by hooks, on
 the processor's clock with one thread. The rest of drawing is transitions, noise, rounding and files; features and distances
-stand apart, those of the reference too, which are made once for a folder, here of 5,000 images. With --check the exit status says whether the rest is
-at most 5 % of drawing. The last line projects 6 samplers in 5, 10, 20 and 50 steps of 2,000 samples.
+stand apart, those of the reference too, which are made once for a folder, here of 5,000 images. With --check the exit status
+says whether the rest is at most 5 % of the network. The last line projects 6 samplers in 5, 10, 20 and 50 steps of 2,000
+samples.
 """
 
 from __future__ import annotations
