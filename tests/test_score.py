@@ -30,7 +30,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = toy_run(tmp_path_factory.mktemp("toy") / "toy", "train.images=16")
     fit(run, data=toy_data())
     plan = PLAN.model_copy(update={"images": 16, "batch": 8, "log_every": 1, "preview_every": 16, "warmup": 0})
-    tune(open_source(str(run.path)), toy_data(60), toy_data(40), start=Start(T=2, head_start=0), train=plan, n=20)
+    for name, energy in (("own", "own"), ("dxmi-2", "value")):
+        start = Start(T=2, head_start=0, energy=energy)  # type: ignore[arg-type]
+        tune(open_source(str(run.path)), toy_data(60), toy_data(40), name=name, start=start, train=plan, n=20)
     return run.path
 
 
@@ -85,6 +87,18 @@ def test_energy_is_the_default_and_the_checkpoints(toy: Path, data: Path, tmp_pa
     assert kept is not None
     for key, tensor in energy.state_dict().items():
         assert torch.equal(tensor, kept.ema[f"value.{key}"])
+
+
+def test_an_energy_of_its_own(toy: Path, data: Path, tmp_path: Path) -> None:
+    _, arrays = run(toy, data, tmp_path, policy="own")
+    kept = Run.open(toy / "policy" / "own").read()
+    assert kept is not None
+    energy = tuned_energy(open_source(str(toy), device="cpu"), "own")
+    assert all(torch.equal(tensor, kept.model[f"energy.{key}"]) for key, tensor in energy.state_dict().items())
+    x = toy_data(30).all()
+    with torch.no_grad():
+        least = torch.stack([energy(x, None, label=torch.full((30,), c)) for c in range(2)]).amin(0)
+    within(1e-5, np.abs(arrays["scores"] - least.numpy()).max(), "score less the energy")
 
 
 def test_against_other_data(toy: Path, data: Path, tmp_path: Path) -> None:

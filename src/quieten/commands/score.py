@@ -276,7 +276,7 @@ def _policies(opened: Source) -> list[str]:
 
 
 def tuned_energy(opened: Source, name: str) -> nn.Module:
-    """The energy that a policy was tuned with, as it is in the latest checkpoint (averaged weights), without gradients.
+    """The energy that a policy was tuned with, as in its latest checkpoint: the averaged value, or the energy's own network.
 
     Arguments:
         opened: The model.
@@ -287,7 +287,7 @@ def tuned_energy(opened: Source, name: str) -> nn.Module:
     """
     from ..policies import load_policy
     from ..runs import Run, read_tensors, restore
-    from ..tune_start import make_value, start_of
+    from ..tune_start import make_energy, make_value, start_of
 
     folder = next((f / name for f in opened.policies if (f / name / "ema.safetensors").is_file()), None)
     if folder is None:
@@ -298,13 +298,16 @@ def tuned_energy(opened: Source, name: str) -> nn.Module:
     section = recipe.section("tune")
     if section is None:
         raise ValueError(f"{folder} was not made by `quieten tune`: name another policy")
-    file = folder / "ema.safetensors"
-    tensors = {key.removeprefix("value."): t for key, t in read_tensors(file)[0].items() if key.startswith("value.")}
     start = start_of(section.kind, dict(section.options))
-    policy = load_policy(opened.policies, name, opened.denoiser)
-    value = make_value(policy, start, len(recipe.data.classes)).to(opened.denoiser.device)
-    restore(value, tensors, file)
-    return value.eval().requires_grad_(False)
+    policy, classes = load_policy(opened.policies, name, opened.denoiser), len(recipe.data.classes)
+    energy, prefix, weights = make_energy(policy, start, classes), "energy.", "model"  # of which no average is kept
+    if energy is None:
+        energy, prefix, weights = make_value(policy, start, classes), "value.", "ema"
+    file = folder / f"{weights}.safetensors"
+    tensors = {key.removeprefix(prefix): t for key, t in read_tensors(file)[0].items() if key.startswith(prefix)}
+    energy.to(opened.denoiser.device)
+    restore(energy, tensors, file)
+    return energy.eval().requires_grad_(False)
 
 
 # ---- what is written
