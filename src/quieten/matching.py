@@ -194,6 +194,7 @@ class CovarianceMatching(Objective):
             if self.training:
                 count = torch.zeros_like(self.weight[k]).index_add_(0, bins, torch.ones_like(error, dtype=torch.float32))
                 sums = torch.zeros_like(self.error[k]).index_add_(0, bins, torch.where(error.isfinite(), error, 0.0).float())
+                count, sums = _of_all_processes(torch.stack([count, sums]))
                 decay = torch.where(count > 0, _DECAY, 1.0)
                 self.error[k] = decay * self.error[k] + sums
                 self.weight[k] = decay * self.weight[k] + count
@@ -214,6 +215,13 @@ class CovarianceMatching(Objective):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, derivative={self.derivative}, probes={self.probes}, balance={self.balance}"
+
+
+def _of_all_processes(counts: Tensor) -> Tensor:
+    """Sums over the processes that train together: their batches are parts of one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts
 
 
 _REACH = 30.0  # levels beyond +-30 count as 30

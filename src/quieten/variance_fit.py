@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .covariance import Analytic, noise_of
@@ -147,7 +148,8 @@ def fit_variance(
         "probes": probes,
         "trunk": trunk,
     }
-    run = _run(folder / name, data, plan, section)
+    with Accelerator().main_process_first():  # the others find the folder that the first one made
+        run = _run(folder / name, data, plan, section)
     update = HeadUpdate(source.denoiser, objective)
     summary = fit(run, data=data, callbacks=callbacks, update=update)
     if not summary.done:
@@ -161,7 +163,8 @@ def fit_variance(
         "images": summary.images, "steps": summary.step, "seed": plan.seed, "batch": plan.batch, "lr": plan.lr,
         "levels": schedule_ends(schedule), "seconds": round(summary.seconds),
     }  # fmt: skip
-    file = save_variance(folder, name, made, facts)
+    with Accelerator().main_process_first():
+        file = save_variance(folder, name, made, facts)
     size = sum(p.numel() for p in made.parameters())
     return Fitted(file, f"{file}: {kind} head of {size:,} parameters, {summary.images:,} images in {summary.seconds:.0f} s")
 
