@@ -1,7 +1,7 @@
 """Tuned policies of few steps on Fashion-MNIST, beside what their own model does in more: docs/results/dxmi.md.
 
     quieten tune zoo:fashion-mnist fashion-mnist --steps 4
-    python benchmarks/dxmi_fashion.py dxmi-4 --n 5000 --threads 1 --check
+    python benchmarks/dxmi_fashion.py dxmi-4 --n 5000 --threads 1 --check                # the one that comes along, or yours
 
 Every row is a Frechet distance of n samples, all classes in turn, no guidance, to the 60,000 training images, on the features
 of `Extractor.zoo("fashion-mnist")`. All samples are held in [-1, 1], as pictures are. Policies were chosen by other noise
@@ -98,7 +98,7 @@ def failed(lines: list[dict[str, Any]]) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policies", nargs="*", help="names, or paths of .safetensors files")
+    parser.add_argument("policies", nargs="*", default=["dxmi-4"], help="names (default: dxmi-4), or .safetensors files")
     parser.add_argument("--source", default="zoo:fashion-mnist")
     parser.add_argument("--rows", default=ROWS, help="samplers and steps to compare with")
     parser.add_argument("--n", type=int, default=5000)

@@ -29,7 +29,7 @@ from quieten.process import VP
 from quieten.runs import Run
 from quieten.schema import Train
 from quieten.source import Source
-from quieten.tune import PLAN, Outcome, tune
+from quieten.tune import PLAN, Outcome, tune_policy
 from quieten.tune_loop import draw
 from quieten.tune_start import SMALL, Start, few_grid, make_policy, start_of
 from quieten.yardstick import Yardstick, held_out
@@ -60,7 +60,7 @@ def tuned(
     **given: Any,
 ) -> Outcome:
     """A tuning of the toy, without a monitor that would stop what is so short."""
-    return tune(open_source(str(model)), toy_data(60), toy_data(40), out=out, start=start, train=train, n=20,
+    return tune_policy(open_source(str(model)), toy_data(60), toy_data(40), out=out, start=start, train=train, n=20,
                 callbacks=callbacks, **given)  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_the_model_itself_and_the_random_state_stay_as_they_are(toy: Path, tmp_p
     source = open_source(str(toy))
     before = {name: tensor.clone() for name, tensor in source.denoiser.state_dict().items()}
     state = torch.get_rng_state()
-    tune(source, toy_data(60), toy_data(40), out=tmp_path, start=START, train=TRAIN, n=20)
+    tune_policy(source, toy_data(60), toy_data(40), out=tmp_path, start=START, train=TRAIN, n=20)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in source.denoiser.state_dict().items())
 
@@ -251,10 +251,10 @@ def test_data_that_do_not_fit_are_refused(toy: Path, tmp_path: Path) -> None:
     source = open_source(str(toy))
     with refuses("`data` small", "(1, 4, 4)", "(1, 8, 8)"):
         small = Dataset("small", torch.rand(40, 1, 4, 4), None, ())
-        tune(source, small, small, out=tmp_path)
+        tune_policy(source, small, small, out=tmp_path)
     plain = Dataset("plain", torch.rand(40, 1, 8, 8), None, ())
     with refuses("`data` plain", "no labels"):
-        tune(source, plain, plain, out=tmp_path)
+        tune_policy(source, plain, plain, out=tmp_path)
     with refuses("`name`", "'a/b'"):
         tuned(toy, tmp_path, name="a/b")
     with refuses("`n`", "16", "8"):
@@ -318,7 +318,7 @@ def test_vectors_are_tuned_by_a_perceptron(tmp_path: Path) -> None:
     data = Dataset("pairs", torch.randn(200, 2) * torch.tensor([0.2, 0.1]).sqrt() + torch.tensor([1.0, -1.0]), None, ())
     source = Source(Scaled(), lambda steps, spacing: few_grid(steps), tmp_path, policies=(tmp_path / "policy",))
     assert not lends_encoder(source.denoiser)
-    done = tune(source, data, data, start=Start(T=2, head_start=0), train=TRAIN, n=100)
+    done = tune_policy(source, data, data, start=Start(T=2, head_start=0), train=TRAIN, n=100)
     assert done.file == tmp_path / "policy" / "dxmi-2.safetensors"
     assert "Frechet (pixels)" in done.message
 
@@ -373,7 +373,7 @@ def distributed(model: Path, out: Path) -> Outcome:
     train = TRAIN.model_copy(update={"batch": 8, "images": 40, "lr": 1e-4})
     start = Start(T=2, head_start=8, settings={"n_critic": 2, "n_generator": 2})
     quieten.tune_loop.diagnose = lambda reading: []  # type: ignore[assignment]
-    return tune(open_source(str(model)), toy_data(60), toy_data(40), out=out, start=start, train=train, n=20)
+    return tune_policy(open_source(str(model)), toy_data(60), toy_data(40), out=out, start=start, train=train, n=20)
 
 
 def test_two_processes_tune_as_one(toy: Path, tmp_path: Path) -> None:

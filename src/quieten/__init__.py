@@ -64,6 +64,10 @@ _WHERE = {
     "config": ["load_recipe", "recipe_names"],
     "runs": ["Run", "export", "load"],
     "fit": ["train"],
+    "tune": ["tune_policy"],
+    "tune_start": ["Start"],
+    "monitor": ["diagnose"],
+    "borrowed": ["EncoderEnergy", "EncoderValue"],
     "features": ["Extractor", "Statistics"],
     "metrics": [
         "Manifold", "Memorisation", "calibration", "energy_distance", "frechet", "kid", "memorisation", "prdc",

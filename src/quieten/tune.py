@@ -21,7 +21,7 @@ from .tune_start import Start
 from .variance import fingerprint
 from .yardstick import Yardstick
 
-__all__ = ["PLAN", "Outcome", "tune"]
+__all__ = ["PLAN", "Outcome", "tune_policy"]
 
 PLAN = Train(
     images=25_600, batch=64, lr=1e-5, betas=(0.5, 0.99), warmup=640, clip=None, ema=6_400, ema_warmup=0.5, precision="fp32",
@@ -50,7 +50,7 @@ class Outcome:
     message: str
 
 
-def tune(
+def tune_policy(
     source: Source,
     data: Dataset,
     held: Dataset,

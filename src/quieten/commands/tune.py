@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from ..source import open_source
-from ..tune import PLAN
-from ..tune import tune as run
+from ..tune import PLAN, tune_policy
 from ..tune_start import Start, start_of
 from ..yardstick import held_out
 from .variance import examples
@@ -70,7 +69,7 @@ def tune(
     training |= {"seed": seed} | ({} if every is None else {"preview_every": every})
     plan = type(PLAN)(**{**PLAN.model_dump(), **training})
     kept, held = held_out(examples(opened, data), data)
-    tuned = run(
+    tuned = tune_policy(
         opened, kept, held, name=name, out=out, start=start_of(method, wanted), train=plan, distance=distance, n=n
     )  # fmt: skip
     print(tuned.message)
