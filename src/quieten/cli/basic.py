@@ -125,6 +125,7 @@ def samplers() -> None:
 
     for name, entry in SAMPLERS.items():
         typer.echo(f"{name:15s} {entry.about}")
+    typer.echo(f"{'encoded-flow':15s} the ODE of DiffEnc's contraction or counterterm split, by Heun's method")
     for name, scheme in SPLITS.items():
         typer.echo(f"{name:15s} with --guide, {scheme.network} + {scheme.gradient} gradients a step: {scheme.about}")
 
