@@ -28,7 +28,8 @@ class Browser:
         to_child, self._write = os.pipe()
         self._read, from_child = os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        flags += ["--hide-scrollbars", "--disable-background-networking", f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+        flags += ["--hide-scrollbars"]
+        flags += ["--disable-background-networking", f"--user-data-dir={profile}", "--remote-debugging-pipe"]
 
         def place() -> None:  # in the child: our ends of the pipes under the numbers that Chromium expects
             os.dup2(to_child, 63)

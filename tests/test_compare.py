@@ -28,11 +28,15 @@ from quieten.judge import Judge, as_images, digest
 from quieten.lineup import Entrant, forecast, plain, standard
 from quieten.metrics import frechet
 from quieten.oracle import GaussianData
+from quieten.policies import save_policy
+from quieten.policy import Policy
 from quieten.process import VP
 from quieten.runs import Checkpoint, Run, build_update
 from quieten.samplers import SAMPLERS, sampler
 from quieten.schedule import karras
 from quieten.source import open_source
+from quieten.transition import Ancestral
+from quieten.variance import fingerprint
 from quieten.variance_fit import PLAN, fit_variance
 from quieten.wrap import Counted
 from toy import toy_run
@@ -300,6 +304,22 @@ def test_commands_draw_the_same_samples(entrant: Entrant, digits: Path, typed: T
         assert ran.code == 0, ran.err
         with np.load(tmp_path / "x.npz") as arrays:
             assert np.array_equal(arrays["images"], contender.draw(range(6)).numpy()), name
+
+
+def test_policies_take_part_at_their_own_steps(tmp_path: Path, typed: Type) -> None:
+    path = untrained(tmp_path / "run")
+    source = open_source(str(path))
+    policy = Policy(source.denoiser, source.grid(3, None), Ancestral(1.0, spread=False))
+    save_policy(source.policies[0], "fast", policy, trunk=fingerprint(source.denoiser))
+    entrant = Entrant(str(path), source)
+    assert entrant.expand(["policies"]) == ["policy:fast"]
+    contender = entrant.contender("policy:fast", 50)
+    assert (contender.steps, contender.evaluations) == (3, 3)
+    assert contender.key == entrant.contender("policy:fast", 5).key, "its steps are its own"
+    ran = typed(*contender.command.split()[1:], "-n", 5, "--npz", tmp_path / "x.npz", "--out", tmp_path / "x.png")
+    assert ran.code == 0, ran.err
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert np.array_equal(arrays["images"], contender.draw(range(5)).numpy())
 
 
 def test_forecasts_and_facts() -> None:

@@ -56,6 +56,8 @@ _WHERE = {
     "policy_schedule": ["Consistency", "edm_grid", "fastdpm", "moment_std"],
     "adapters": [],
     "policies": ["load_policy", "save_policy"],
+    "judge": ["Judge"],
+    "lineup": ["Entrant"],
     "policy_gradient": ["FullGradient", "PolicyGradient"],
     "tuning": ["Settings"],
     "value_guide": ["ValueGuidance", "ValueKick"],
