@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,8 @@ def tune(
     tuned = tune_policy(
         opened, kept, held, name=name, out=out, start=start_of(method, wanted), train=plan, distance=distance, n=n
     )  # fmt: skip
+    if os.environ.get("RANK", "0") != "0":
+        return tuned.summary.done
     print(tuned.message)
     if tuned.file is not None:
         print(f"quieten sample {source} --policy {tuned.file.stem}")
