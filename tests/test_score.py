@@ -17,7 +17,7 @@ from quieten.fit import fit
 from quieten.runs import Run
 from quieten.scores import auroc
 from quieten.source import open_source
-from quieten.tune import PLAN, tune
+from quieten.tune import PLAN, tune_policy
 from quieten.tune_start import Start
 from toy import toy_data, toy_run
 
@@ -32,7 +32,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = PLAN.model_copy(update={"images": 16, "batch": 8, "log_every": 1, "preview_every": 16, "warmup": 0})
     for name, energy in (("own", "own"), ("dxmi-2", "value")):
         start = Start(T=2, head_start=0, energy=energy)  # type: ignore[arg-type]
-        tune(open_source(str(run.path)), toy_data(60), toy_data(40), name=name, start=start, train=plan, n=20)
+        tune_policy(open_source(str(run.path)), toy_data(60), toy_data(40), name=name, start=start, train=plan, n=20)
     return run.path
 
 
