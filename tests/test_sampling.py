@@ -254,6 +254,14 @@ def test_generate_evaluates_reports_and_restores():
     assert model.training
 
 
+def test_a_wrapper_that_says_it_trains_leaves_what_it_wraps_as_it_is():
+    model = Preconditioned(Conv(), VE, "edm", sigma_data=0.5).eval()
+    fresh = Counted(model)
+    generate(fresh, 2, grid=GRID, shape=IMAGE)
+    assert fresh.training
+    assert not any(part.training for part in model.modules())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["vector", "image"])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["column", "contrast", "evaluating", "explained", "follow", "follower", "frozen", "largest", "mean", "spread"]
+__all__ = ["column", "contrast", "explained", "follow", "follower", "frozen", "largest", "mean", "spread"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,17 +79,6 @@ def frozen(*modules: nn.Module | None) -> Iterator[None]:
     finally:
         for p in wanted:
             p.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode for a while."""
-    was = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was)
 
 
 def follower(module: M) -> M:

@@ -2,9 +2,10 @@ r"""Denoisers: (x, log-SNR) to a Gaussian over x0, in any parameterisation."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,12 +25,29 @@ __all__ = [
     "cosine_table",
     "edm",
     "edm_form",
+    "evaluating",
     "form_coefficients",
     "iddpm",
     "levels",
     "ve",
     "vp",
 ]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode for a while; afterwards every part is in the mode that it had itself.
+
+    A wrapper that was just made says that it trains, whatever is inside: its word must not switch dropout on there.
+    """
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
 
 Form = str | Callable[[Any, Any], tuple[Any, Any]]
 """A parameterisation: a name in `FORMS`, or (alpha, sigma) -> (p, q), meaning the quantity f = p eps + q x0."""

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .critics import column, contrast, evaluating, explained, follow, follower, frozen, largest, mean, spread
+from .critics import column, contrast, explained, follow, follower, frozen, largest, mean, spread
+from .denoiser import evaluating
 from .gaussian import Gaussian
 from .noise import INITIAL, Draws
 from .pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, evaluating
 from .gaussian import Gaussian
 from .noise import INITIAL
 from .sampling import NoiseSource
@@ -182,17 +182,14 @@ class Policy(nn.Module):
         states = start.new_empty(self.T + 1, *start.shape)
         moves = start.new_empty(self.T, len(start))
         states[0] = start
-        was_training, bound = self.denoiser.training, self.denoiser.bind(**(cond or {}))
-        self.denoiser.eval()
-        try:
+        bound = self.denoiser.bind(**(cond or {}))
+        with evaluating(self.denoiser):
             for k in range(self.T):
                 p = self.transition.at(bound, states[k], k).p
                 x = p.sample(torch.randn_like(start) if noise is None else noise(k, start))
                 states[k + 1] = x if then is None else then(x, k)
                 del p, x
                 moves[k] = (states[k + 1] - states[k]).square_().flatten(1).mean(1)
-        finally:
-            self.denoiser.train(was_training)
         return Rollout(states, moves, dict(cond or {}))
 
     def extra_repr(self) -> str:

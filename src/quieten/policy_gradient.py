@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .critics import column, evaluating, explained, frozen, mean
+from .critics import column, explained, frozen, mean
+from .denoiser import evaluating
 from .imitation import Average, MaxEntIRL
 from .noise import Draws
 from .pairs import Pairs, keyed

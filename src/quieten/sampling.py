@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, evaluating
 from .gaussian import Gaussian
 from .noise import INITIAL, Noise
 from .schedule import check_grid
@@ -157,9 +157,7 @@ def generate(
     start = denoiser.process.prior(check_grid(grid, revisits=transition.revisits)[0])
     full = {name: _rows(name, value, n, device) for name, value in (cond or {}).items()}
     out = torch.empty(n, *shape, dtype=dtype, device=device)
-    was_training = denoiser.training
-    denoiser.eval()
-    try:
+    with evaluating(denoiser):
         for i in range(0, n, batch):
             rows = slice(i, min(i + batch, n))
             noise = Noise(seed, range(first + i, first + rows.stop))
@@ -168,8 +166,6 @@ def generate(
             out[rows] = sample(bound, x, grid, transition, noise=noise, last=last)
             if progress is not None:
                 progress(rows.stop)
-    finally:
-        denoiser.train(was_training)
     bad = int((~out.isfinite()).flatten(1).any(1).sum()) if n else 0
     if bad:
         raise ValueError(f"{bad} of {n} samples are not finite: take more steps, a solver of lower order, or less guidance")
