@@ -70,7 +70,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
     "transition": {**{name: entry.make for name, entry in SAMPLERS.items()}, "encoded-flow": "encoder:EncodedFlow"},
     "variance": dict.fromkeys(("ocm", "sn", "npr", "mixed"), "variance:section"),
-    "tune": dict.fromkeys(("dxmi", "sft-pg", "sft-ppo", "bptt"), "tune_start:section"),
+    "tune": dict.fromkeys(("dxmi", "sft-pg", "sft-ppo", "bptt", "dxdp"), "tune_start:section"),
 }
 """Part of a recipe -> kind -> builder: a callable, or "module:name" in this package, imported when it is first used.
 

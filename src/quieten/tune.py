@@ -13,10 +13,12 @@ import torch
 from .data import Dataset
 from .loop import Row, Summary
 from .monitor import Check
+from .reward import Reward
 from .runs import Run
 from .schema import Data, Recipe, Train
 from .source import Source
 from .tune_loop import Tuning
+from .tune_reward import Rewarded, RewardMeasure, told_only
 from .tune_start import Start
 from .variance import fingerprint
 from .yardstick import Yardstick
@@ -61,7 +63,8 @@ def tune_policy(
     train: Train | None = None,
     distance: str = "auto",
     n: int = 1000,
-    reward: Any = None,
+    reward: Reward | None = None,
+    reward_name: str | None = None,
     callbacks: Sequence[Callable[[Row], None]] = (),
 ) -> Outcome:
     """Tunes a policy of few steps from a model, and keeps the best beside the model; the same call goes on where it stopped.
@@ -76,7 +79,9 @@ def tune_policy(
         train: Images, batch, learning rate and so on; None is `PLAN`.
         distance: What is measured, see `yardstick.KINDS`.
         n: Samples of a measurement.
-        reward: For methods that tune to one.
+        reward: reward(x, **cond) -> (B,) of samples, high where they are wanted, for method "dxdp" and no other; then the
+            policy of the least tau x nats - reward is kept, see `reward.RewardTuning`.
+        reward_name: What it is called, for people and in the recipe; None is its own name.
         callbacks: Called with each line of metrics.
 
     Raises:
@@ -84,6 +89,9 @@ def tune_policy(
             be written.
     """
     start, plan = start or Start(), PLAN if train is None else train
+    if (reward is not None) != (start.method == "dxdp"):
+        raise ValueError(f"`reward` and method 'dxdp' belong together (got method {start.method!r} "
+                         f"{'without' if reward is None else 'with'} a reward): give both, or neither")  # fmt: skip
     name = _checked(name or f"{start.method}-{start.T}")
     folder = Path(out).expanduser() if out is not None else source.policies[0]
     _check_fit(source, data)
@@ -92,8 +100,7 @@ def tune_policy(
     rng = torch.get_rng_state()
     try:
         torch.manual_seed(plan.seed)
-        run = _run(folder / name, source, data, plan, start)
-        session = Tuning(run, source, data, Yardstick(data, held, distance, n, plan.seed), start, callbacks, reward)
+        session = _session(folder / name, source, data, held, plan, start, distance, n, reward, reward_name, callbacks)
         summary = session.train()
         session.draw_curves()
     finally:
@@ -105,6 +112,29 @@ def tune_policy(
         message += f"; best {session.yardstick.about}: {best['distance']:.4g} at step {best['step']}, data themselves " \
                    f"{session.yardstick.floor.value:.4g}, before tuning {session.first:.4g}: {file}"  # fmt: skip
     return Outcome(file if file.is_file() else None, best["distance"] if best else math.nan, summary, session.checks, message)
+
+
+def _session(
+    path: Path,
+    source: Source,
+    data: Dataset,
+    held: Dataset,
+    plan: Train,
+    start: Start,
+    distance: str,
+    n: int,
+    reward: Reward | None,
+    reward_name: str | None,
+    callbacks: Sequence[Callable[[Row], None]],
+) -> Tuning:
+    """The loop, by what its policy is chosen by."""
+    if reward is None:
+        run = _run(path, source, data, plan, start)
+        return Tuning(run, source, data, Yardstick(data, held, distance, n, plan.seed), start, callbacks)
+    called = str(reward_name or getattr(reward, "__name__", type(reward).__name__))
+    run, told = _run(path, source, data, plan, start, called), told_only(reward)
+    measure: Any = RewardMeasure(told, data, n, called, source.denoiser.device)
+    return Rewarded(run, source, data, measure, start, callbacks, told)
 
 
 def _checked(name: str) -> str:
@@ -125,10 +155,11 @@ def _check_fit(source: Source, data: Dataset) -> None:
         raise ValueError(f"`data` {data.name} has no labels, and the model has classes: give labelled data")
 
 
-def _run(path: Path, source: Source, data: Dataset, plan: Train, start: Start) -> Run:
+def _run(path: Path, source: Source, data: Dataset, plan: Train, start: Start, reward: str | None = None) -> Run:
     """The folder with the checkpoints: a run like any other, whose recipe has a section `tune`."""
     facts = Data(name=data.name, shape=data.shape, classes=tuple(data.classes), count=len(data), flip=start.flip)
     section = {"kind": start.method, **start.to_dict(), "trunk": fingerprint(source.denoiser)}
+    section |= {} if reward is None else {"reward": reward}
     recipe = Recipe(version=1, name=path.name, data=facts, train=plan, tune=section)  # type: ignore[call-arg]
     if not (path / "config.yaml").exists():
         return Run.create(path, recipe)

@@ -13,13 +13,14 @@ from .runs import Run
 __all__ = ["draw_curves"]
 
 
-def draw_curves(run: Run, first: float, std_start: Sequence[float]) -> None:
+def draw_curves(run: Run, first: float, std_start: Sequence[float], title: str = "distance") -> None:
     """Writes curves.png into the run's folder; nothing if there is nothing to draw.
 
     Arguments:
         run: Of a tuning.
         first: The distance before it.
         std_start: Standard deviations of the steps before it.
+        title: Of what was measured, see `yardstick.Yardstick`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -35,7 +36,9 @@ def draw_curves(run: Run, first: float, std_start: Sequence[float]) -> None:
         distance.plot(at, [first, *(row["distance"] for row in measured)], "o-", color=COLOURS[0], ms=3)
         distance.axhline(measured[-1]["floor"], color=COLOURS[7], ls="--", label="data themselves")
         distance.legend(frameon=False)
-    distance.set(xlabel="step", ylabel=f"distance, n={measured[-1]['n'] if measured else '?'}", yscale="log")
+    distance.set(xlabel="step", ylabel=f"{title}, n={measured[-1]['n'] if measured else '?'}")
+    if all(row["distance"] > 0 and row["floor"] > 0 for row in measured):
+        distance.set_yscale("log")
     for axis in (distance.yaxis.set_major_formatter, distance.yaxis.set_minor_formatter):
         axis(FuncFormatter(lambda value, _: f"{value:.3g}"))
     for name, label, colour in (("e_data", "data", COLOURS[0]), ("e_policy", "samples", COLOURS[1])):

@@ -15,6 +15,7 @@ from .denoiser import Preconditioned
 from .files import writing
 from .imitation import MaxEntIRL
 from .loop import Row, Session, learning_rate
+from .metrics import Result
 from .monitor import Check, Reading, Spread, diagnose, drift, spread
 from .noise import Draws
 from .objective import Batch
@@ -72,7 +73,7 @@ class Tuning(Session):
         self.checks: list[Check] = []
         self.std_start = policy.rhos.tolist()
         self.began = self.draw() if self.is_main else torch.zeros(0)
-        self.first = self.yardstick(self.began).value if self.is_main else math.nan
+        self.first = self.measure(self.began).value if self.is_main else math.nan
         self.resume()
         self.accelerator.wait_for_everyone()  # the main process has dropped what will be written again
         self.measured: list[Row] = [row for row in run.metrics() if "distance" in row]
@@ -124,9 +125,9 @@ class Tuning(Session):
 
     def words(self, row: Row) -> str:
         told = f"energy {row['e_data']:.3f} data {row['e_policy']:.3f} samples, " if "e_data" in row else ""
-        best = self.best
+        best, title = self.best, self.yardstick.title
         known = (
-            f"distance {best['distance']:.3g} (n={self.yardstick.n}, data {self.yardstick.floor.value:.3g}), " if best else ""
+            f"{title} {best['distance']:.3g} (n={self.yardstick.n}, data {self.yardstick.floor.value:.3g}), " if best else ""
         )
         return f"{told}{known}{row['images_per_s']:.0f} images/s"
 
@@ -172,6 +173,10 @@ class Tuning(Session):
 
     # -- measurements
 
+    def measure(self, x: Tensor) -> Result:
+        """What the checkpoint is chosen by, of samples x (n, *): lower is better."""
+        return self.yardstick(x)
+
     @torch.no_grad()
     def draw(self) -> Tensor:
         """Samples of the averaged policy from noise that is the same each time, classes in turn: (n, *) on the CPU."""
@@ -186,11 +191,12 @@ class Tuning(Session):
             x = self.draw()
         except ValueError as error:
             raise ValueError(f"{error}; the last checkpoint is intact: {self.remedy}") from None
-        result = self.yardstick(x)
+        result = self.measure(x)
         row: Row = {
             "step": self.step, "images": self.images, "distance": result.value, "error": result.uncertainty,
             "n": self.yardstick.n, "floor": self.yardstick.floor.value, "drift": drift(x, self.began),
-            "spread": spread(x).__dict__, "data_spread": spread(self.yardstick.real).__dict__, "seconds": self.seconds,
+            "spread": spread(x).__dict__, "data_spread": spread(self.yardstick.real).__dict__, "details": result.details,
+            "seconds": self.seconds,
         }  # fmt: skip
         known = [r["distance"] for r in self.measured]
         self.measured.append(row)
@@ -232,8 +238,8 @@ class Tuning(Session):
         save_policy(self.run.path.parent, self.run.path.name, policy, trunk=self.trunk, s2=s2, facts=facts)
 
     def _tell(self, figure: str, best: float) -> None:
-        floor, n = self.yardstick.floor.value, self.yardstick.n
-        self.progress.say(f"step {self.step}: distance {figure} (n={n}), best {best:.4g}, before {self.first:.4g}, "
+        floor, n, title = self.yardstick.floor.value, self.yardstick.n, self.yardstick.title
+        self.progress.say(f"step {self.step}: {title} {figure} (n={n}), best {best:.4g}, before {self.first:.4g}, "
                           f"data themselves {floor:.4g}")  # fmt: skip
         for check in self.checks:
             if check.status != "pass":
@@ -254,7 +260,7 @@ class Tuning(Session):
         if self.is_main:
             from .tune_curves import draw_curves
 
-            draw_curves(self.run, self.first, self.std_start)
+            draw_curves(self.run, self.first, self.std_start, self.yardstick.title)
 
 
 def draw(policy: Policy, n: int, classes: int = 0, seed: int = 0, batch: int = 250) -> Tensor:
@@ -283,6 +289,7 @@ def reading_of(
 
     settings = getattr(update, "settings", None)
     tuned = [row for row in rows if "clipped" in row]
+    tilted = start.method == "dxdp"  # its figure has no floor, and may be below 0
     return Reading(
         cost=means("running_cost"),
         adaptive=getattr(settings, "avr", None) is not None and getattr(settings, "cost", "brownian") == "brownian",
@@ -298,8 +305,8 @@ def reading_of(
         spread=Spread(**measured["spread"]),
         data_spread=Spread(**measured["data_spread"]),
         drift=measured["drift"],
-        distance=measured["distance"],
-        best=best,
+        distance=None if tilted else measured["distance"],
+        best=None if tilted else best,
         floor=measured["floor"],
     )
 

@@ -34,8 +34,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft-pg": ("policy_gradient:PolicyGradient", {}),
     "sft-ppo": ("policy_gradient:PolicyGradient", {"clip_ratio": 0.2}),
     "bptt": ("policy_gradient:FullGradient", {}),
+    "dxdp": ("reward:RewardTuning", {"differentiable": False}),
 }
-"""Methods by name -> "module:class" of this package, made of (policy, value, settings=...), and further arguments."""
+"""Methods by name -> "module:class" of this package, made of (policy, value, settings=...), and further arguments. "dxdp" is
+made of (policy, reward, value, settings=...), the value being fitted to the reward, which then needs no gradient."""
 
 STARTS = {"ddim": 0.5, "ddpm": 1.0, "fastdpm": 1.0, "ocm": 1.0}
 """What the first policy is -> its share of the ancestral noise, unless told otherwise: DDIM with some noise, the ancestral
@@ -51,6 +53,17 @@ SMALL: dict[str, Any] = {
     "lr_value": 3e-4,
 }
 """Where `settings` says nothing: a value that knows the time, learning rates for thousands of steps instead of millions."""
+
+REWARD: dict[str, Any] = {
+    **SMALL,
+    "tau1": 0.1,
+    "tau2": 0.0,
+    "gamma": 0.0,
+    "avr": None,
+    "reduction": "sum",
+    "lr_std": 1e-4,
+}
+"""The same for "dxdp", where tau1 is what a nat of leaving the first policy costs, in units of the reward."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Start:
         head_start: Examples that the value sees before the policy begins to learn.
         value_decay: Share of its learning rate that the value keeps to the end.
         flip: Whether examples are mirrored at random.
-        settings: Changes to `SMALL` and, beneath it, to the defaults of `tuning.Settings`.
+        settings: Changes to `SMALL` (`REWARD` for "dxdp") and, beneath it, to the defaults of `tuning.Settings`.
 
     Raises:
         ValueError: For a choice that is unknown or out of range.
@@ -124,7 +137,12 @@ class Start:
             if name not in fields:
                 remedy = nearest(name, fields) or f" (known: {', '.join(fields)}; lr, betas and ema are the plan's)"
                 raise ValueError(f"`settings` knows no {name!r}{remedy}")
-        Settings(**{**SMALL, **self.settings})
+        Settings(**{**self.defaults, **self.settings})
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings where `settings` says nothing."""
+        return REWARD if self.method == "dxdp" else SMALL
 
     @property
     def share(self) -> float:
@@ -157,6 +175,7 @@ def section(
     value_decay: float = 0.1,
     flip: bool = False,
     settings: dict[str, Any] | None = None,
+    reward: str | None = None,
     trunk: str | None = None,
     images: int | None = None,
     batch: int | None = None,
@@ -287,7 +306,7 @@ def make_update(policy: Policy, start: Start, plan: Train, data: Dataset, reward
     module, name = where.split(":")
     kind = getattr(importlib.import_module(f".{module}", __package__), name)
     optimizer = {"betas": plan.betas, "lr_policy": plan.lr, "ema": None}
-    settings = Settings(**{**SMALL, **start.settings, **optimizer})
+    settings = Settings(**{**start.defaults, **start.settings, **optimizer})
     classes = len(data.classes) if data.labels is not None else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)

@@ -34,6 +34,7 @@ class Yardstick:
         seed: Of the choice of examples and of random projections.
 
     Attributes:
+        title: What it is, in a word.
         about: Name of the distance, its n and its reference, in words.
         floor: The distance of n training examples, which no sampler can be expected to go below.
         real: Those n training examples (n, *).
@@ -41,6 +42,8 @@ class Yardstick:
     Raises:
         ValueError: For an unknown kind, or one that does not suit the data.
     """
+
+    title = "distance"
 
     def __init__(self, train: Dataset, held: Dataset, kind: str = "auto", n: int = 1000, seed: int = 0):
         if kind not in KINDS:

@@ -20,6 +20,10 @@ def tune(
     method: Annotated[
         str | None, typer.Option(help="dxmi (default), or a baseline: sft-pg, sft-ppo, bptt (through all steps).")
     ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Tune to a reward, near the first policy; --tau1 is what a nat costs."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What it is sampled by. Default: the method and the steps, dxmi-4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: `policy` in the run; ./policy for zoo and hub.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Examples to show. Default: 25,600.")] = None,
@@ -82,6 +86,8 @@ def tune(
 
         quieten tune zoo:fashion-mnist fashion-mnist --steps 10 --start ocm --tau1 0.01 --tau2 0.01
 
+        quieten tune zoo:fashion-mnist fashion-mnist --steps 4 --reward my_rewards:brightness --tau1 0.1
+
         quieten tune ./my-diffusers-model ~/pictures --steps 4 --adapters 8 --value residual
 
     Then: `quieten sample MODEL --policy dxmi-4`.
@@ -93,7 +99,7 @@ def tune(
         std_lr=std_lr, start=start, eta=eta, sigma_max=sigma_max, sigma_min=sigma_min, train_std=train_std, tau1=tau1,
         tau2=tau2, gamma=gamma, reduction=reduction, time_cost=time_cost, n_generator=n_generator, n_critic=n_critic,
         value=value, width=width, energy=energy, adapters=adapters, flip=flip, changes=changes or [], distance=distance, n=n,
-        every=every, seed=seed, weights=weights, device=device,
+        every=every, seed=seed, weights=weights, device=device, reward=reward,
     )  # fmt: skip
     if not done:
         raise typer.Exit(130)

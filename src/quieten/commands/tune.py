@@ -44,6 +44,7 @@ def tune(
     weights: str = "ema",
     device: str | None = None,
     changes: Sequence[str] = (),
+    reward: str | None = None,
     **options: Any,
 ) -> bool:
     """Tunes a policy and keeps it; the arguments are the command's options. Returns whether it came to its end.
@@ -54,6 +55,16 @@ def tune(
     given = {option: value for option, value in options.items() if value is not None}
     if "steps" in given:
         given["T"] = given.pop("steps")
+    prize = None
+    if reward is not None:
+        from ..reward import load_reward
+
+        if given.setdefault("method", "dxdp") != "dxdp":
+            raise ValueError(f"`--reward` is what method dxdp tunes to (got --method {given['method']}): leave one of them out")
+        prize = load_reward(reward)
+        given.setdefault("last_std", 0.03)  # leaving the first policy costs the squared move over twice the variance
+    elif given.get("method") == "dxdp":
+        raise ValueError("`--method dxdp` tunes to a reward: give --reward module:function")
     settings = {SETTINGS[option]: given.pop(option) for option in list(given) if option in SETTINGS}
     _tidy(settings)
     settings |= _changes(changes)
@@ -63,7 +74,7 @@ def tune(
     if given.get("method") not in (None, wanted.get("kind")) or given.get("T") not in (None, wanted.get("T")):
         wanted = {}  # what the recipe says is for another method, or another number of steps
     method = given.pop("method", wanted.pop("kind", "dxmi"))
-    wanted = {key: value for key, value in wanted.items() if value is not None and key not in ("kind", "trunk")}
+    wanted = {key: value for key, value in wanted.items() if value is not None and key not in ("kind", "trunk", "reward")}
     wanted["settings"] = {**wanted.get("settings", {}), **settings}
     wanted |= given
     training: dict[str, Any] = {key: wanted.pop(key) for key in TRAINING if key in wanted}
@@ -71,7 +82,8 @@ def tune(
     plan = type(PLAN)(**{**PLAN.model_dump(), **training})
     kept, held = held_out(examples(opened, data), data)
     tuned = tune_policy(
-        opened, kept, held, name=name, out=out, start=start_of(method, wanted), train=plan, distance=distance, n=n
+        opened, kept, held, name=name, out=out, start=start_of(method, wanted), train=plan, distance=distance, n=n,
+        reward=prize, reward_name=reward,
     )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":
         return tuned.summary.done
