@@ -272,21 +272,36 @@ def show(bench: Bench) -> None:
 
 
 def grain(bench: Bench) -> None:
-    """Prints how much fine detail samples have: the energy of Haar's diagonal coefficients over that of test images."""
+    """Prints how much fine detail samples have, and whether they fall apart into blocks, beside test images."""
+    real = to_pixels(bench.test.all())
+    for name, measure in (("fine detail over that of test images", detail), ("jumps between blocks over those inside", blocks)):
+        unit = measure(real) if measure is detail else 1.0
+        for kernel in ("ddpm", "ddim"):
+            own = "" if measure is detail else f" (test images {measure(real):.2f})"
+            print(f"\n{name}, {kernel.upper()} kernel{own}\n")
+            print(f"| variance | {' | '.join(map(str, STEPS))} |\n|---|{'---|' * len(STEPS)}")
+            for variance in bench.variances:
+                found = [bench.samples(variance, kernel, steps, 0, make=False) for steps in STEPS]
+                if any(x is not None for x in found):
+                    cells = ("" if x is None else f"{measure(x) / unit:.2f}" for x in found)
+                    print(f"| {variance} | {' | '.join(cells)} |")
 
-    def energy(pixels: Tensor) -> float:
-        x = pixels.float() / 127.5 - 1
-        detail = x[..., ::2, ::2] - x[..., 1::2, ::2] - x[..., ::2, 1::2] + x[..., 1::2, 1::2]
-        return float(detail.square().mean())
 
-    real = energy(to_pixels(bench.test.all()))
-    for kernel in ("ddpm", "ddim"):
-        print(f"\nfine detail over that of test images, {kernel.upper()} kernel\n")
-        print(f"| variance | {' | '.join(map(str, STEPS))} |\n|---|{'---|' * len(STEPS)}")
-        for variance in bench.variances:
-            found = [bench.samples(variance, kernel, steps, 0, make=False) for steps in STEPS]
-            if any(x is not None for x in found):
-                print(f"| {variance} | " + " | ".join("" if x is None else f"{energy(x) / real:.2f}" for x in found) + " |")
+def detail(pixels: Tensor) -> float:
+    """Energy of Haar's diagonal coefficients."""
+    x = pixels.float() / 127.5 - 1
+    return float((x[..., ::2, ::2] - x[..., 1::2, ::2] - x[..., ::2, 1::2] + x[..., 1::2, 1::2]).square().mean())
+
+
+def blocks(pixels: Tensor, side: int = 4) -> float:
+    """Mean square of the differences of neighbours in two blocks of the cosine basis, over that within a block."""
+    x, across, within = pixels.float() / 127.5 - 1, [], []
+    for turned in (x, x.transpose(-1, -2)):
+        jumps = turned.diff(dim=-1).square().mean(dim=tuple(range(turned.ndim - 1)))
+        border = torch.arange(1, len(jumps) + 1) % side == 0
+        across.append(jumps[border].mean())
+        within.append(jumps[~border].mean())
+    return float(sum(across) / sum(within))
 
 
 def _cached(path: Path) -> dict[str, Any] | None:
