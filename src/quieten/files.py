@@ -1,14 +1,14 @@
-"""Writing files so that an interruption or a full disk never damages what was there."""
+"""Finding files by name, and writing them so that an interruption or a full disk never damages what was there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["sync_folder", "sync_tree", "write_atomic", "writing"]
+__all__ = ["named_file", "sync_folder", "sync_tree", "write_atomic", "writing"]
 
 
 def write_atomic(path: str | Path, data: bytes) -> Path:
@@ -69,3 +69,11 @@ def writing(path: str | Path, intact: str = "what was there before is intact") -
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{path} cannot be written ({reason}): make room or name another folder; {intact}") from error
+
+
+def named_file(folders: Sequence[Path], name: str) -> Path | None:
+    """NAME.safetensors in the first folder that has it, or the file itself where `name` ends like one; None without."""
+    files = [folder / f"{name}.safetensors" for folder in folders]
+    if name.endswith(".safetensors"):
+        files = [Path(name).expanduser()]
+    return next((file for file in files if file.is_file()), None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import adapters
 from .denoiser import Denoiser
-from .files import write_atomic, writing
+from .files import named_file, write_atomic, writing
 from .heads import network_of
 from .policy import Policy
 from .policy_schedule import Consistency
@@ -153,10 +153,7 @@ def load_policy(
 
 def _find(where: str | Path | Sequence[Path], name: str) -> Path:
     folders = [Path(where)] if isinstance(where, str | Path) else list(where)
-    files = [folder / f"{name}.safetensors" for folder in folders]
-    if name.endswith(".safetensors"):
-        files = [Path(name).expanduser()]
-    file = next((file for file in files if file.is_file()), None)
+    file = named_file(folders, name)
     if file is None:
         from .parts import nearest
 

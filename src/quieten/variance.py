@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .basis import DCT
 from .covariance import Analytic, Fisher, HessianDiagonal, Learned, Residual, SecondMoment, Source, Unit, VarianceSource
 from .denoiser import Denoiser
-from .files import write_atomic, writing
+from .files import named_file, write_atomic, writing
 from .heads import Complex, Separate, Simple, make_head, network_of
 from .jacobian import Probed
 
@@ -198,10 +198,7 @@ def load_variance(
     if name in UNTRAINED:
         return untrained(name, cap)
     folders = [Path(where)] if isinstance(where, str | Path) else list(where)
-    files = [folder / f"{name}.safetensors" for folder in folders]
-    if name.endswith(".safetensors"):
-        files = [Path(name).expanduser()]
-    file = next((file for file in files if file.is_file()), None)
+    file = named_file(folders, name)
     if file is None:
         from .parts import nearest
 
