@@ -17,7 +17,7 @@ from .chart import Point, legend, scatter
 from .compare import Row
 from .judge import PAIRS
 from .metrics import Protocol, Result
-from .plots import grid_image
+from .plots import grid_image, spaced
 from .report import Report
 
 __all__ = ["Facts", "page", "series_name", "summary"]
@@ -123,7 +123,7 @@ def _charts(rows: Sequence[Row], names: Sequence[str], metric: str, facts: Facts
     floor = facts.real[metric].value if metric in facts.real else None
     n = rows[0].n
     costs: list[tuple[str, Callable[[Row], float], list[float] | None]] = [
-        ("network evaluations a sample (NFE)", lambda row: row.evaluations, _places([row.evaluations for row in rows])),
+        ("network evaluations a sample (NFE)", lambda row: row.evaluations, spaced([row.evaluations for row in rows])),
         (f"seconds for {n:,} samples", lambda row: row.seconds, None),
     ]
     for xlabel, cost, ticks in costs:
@@ -137,15 +137,6 @@ def _point(k: int, row: Row, cost: Callable[[Row], float], metric: str) -> Point
     result = row.results[metric]
     words = f"{_full(row)}: {result.name} {result.figure()}, NFE {row.evaluations:g}, {row.seconds:.1f} s"
     return Point(cost(row), result.value, result.uncertainty or 0.0, words, f"r{k}")
-
-
-def _places(values: Sequence[float], ratio: float = 1.24) -> list[float]:
-    """The values that occur most often, none so near to another that labels would touch."""
-    chosen: list[float] = []
-    for value in sorted(set(values), key=lambda v: (-values.count(v), v)):
-        if all(max(value / c, c / value) > ratio for c in chosen):
-            chosen.append(value)
-    return sorted(chosen)
 
 
 # ---- numbers

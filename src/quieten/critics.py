@@ -25,8 +25,7 @@ def column(out: Any, x: Tensor, name: str) -> Tensor:
         out = out.squeeze(1)
     if not isinstance(out, Tensor) or out.shape != (len(x),):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"`{name}` must return one number for each of the {len(x)} states, ({len(x)},) or ({len(x)}, 1) "
-                         f"(got {got})")  # fmt: skip
+        raise ValueError(f"`{name}` must answer ({len(x)},) or ({len(x)}, 1) (got {got}): one number per example")  # fmt: skip
     return out
 
 

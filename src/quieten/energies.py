@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .critics import column
 from .nets import Embedding, zeroed
 
 __all__ = [
@@ -54,13 +55,7 @@ def read(net: Callable[..., Any], x: Tensor, k: int | Tensor | None = None, **co
     Raises:
         ValueError: If the answer has another shape.
     """
-    out = net(x, k, **cond)
-    if isinstance(out, Tensor) and out.shape == (len(x), 1):
-        out = out[:, 0]
-    if not isinstance(out, Tensor) or out.shape != (len(x),):
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"the value or energy must answer ({len(x)},) or ({len(x)}, 1) (got {got}): one number per example")
-    return out
+    return column(net(x, k, **cond), x, "value or energy")
 
 
 class ValueNet(nn.Module, ABC):

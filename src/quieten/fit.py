@@ -17,7 +17,7 @@ from .config import Recipe, Train, build_sampler, load_data, load_recipe, resolv
 from .data import Dataset
 from .denoiser import Preconditioned
 from .files import writing
-from .loop import Row, Session, Summary, accelerator, learning_rate
+from .loop import Row, Session, Summary, accelerator, autocast_of, learning_rate
 from .noise import Draws
 from .objective import Batch
 from .runs import Run, build_update
@@ -109,14 +109,9 @@ class _Training(Session):
         self.wrapped = self.accelerator.prepare(self.update)
 
     def _set_precision(self) -> None:
-        wanted = self.plan.precision
-        if wanted == "auto":
-            wanted = (
-                "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-            )
         for update in (self.update, self.ema):
             if isinstance(update.denoiser, Preconditioned):
-                update.denoiser.autocast = torch.bfloat16 if wanted == "bf16" else None
+                update.denoiser.autocast = autocast_of(self.plan, self.device)
 
     def optimizer_state(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

@@ -23,7 +23,7 @@ from .runs import Checkpoint, Run, packed, restore
 from .schema import Train
 from .watch import Tally, signals
 
-__all__ = ["Row", "Session", "Summary", "accelerator", "learning_rate"]
+__all__ = ["Row", "Session", "Summary", "accelerator", "autocast_of", "learning_rate"]
 
 Row = dict[str, Any]
 
@@ -280,6 +280,12 @@ def learning_rate(plan: Train, step: int, steps: int) -> float:
     rise = min(1.0, (step + 1) * plan.batch / plan.warmup) if plan.warmup else 1.0
     fall = 0.5 + 0.5 * math.cos(math.pi * step / steps) if plan.decay == "cosine" else 1.0
     return plan.lr * rise * fall
+
+
+def autocast_of(plan: Train, device: torch.device) -> torch.dtype | None:
+    """What networks run in beside float32: bfloat16 where the plan says so, or leaves it open and the device is fast at it."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if plan.precision == "bf16" or (plan.precision == "auto" and fast) else None
 
 
 def accelerator() -> Accelerator:

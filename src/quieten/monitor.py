@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -97,7 +97,6 @@ class Reading:
     distance: float | None = None
     best: float | None = None
     floor: float | None = None
-    others: Sequence[float] = field(default_factory=tuple)
 
 
 def diagnose(reading: Reading) -> list[Check]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["COLOURS", "INK", "curve", "curve_png", "figure_axes", "grid_image", "pareto", "save_grid"]
+__all__ = ["COLOURS", "INK", "curve", "curve_png", "figure_axes", "grid_image", "pareto", "save_grid", "spaced"]
 
 INK = "#0a0b0c"
 COLOURS = ("#2a7fdb", "#d2620d", "#2a9152", "#a05ad6", "#d9406f", "#0f8f9c", "#9a7b0a", "#7a8290")
@@ -182,7 +182,7 @@ def pareto(
     axes.plot(*zip(*front, strict=True), color=ink, alpha=0.13, linewidth=9, solid_capstyle="round", zorder=0)
     if floor is not None:
         lines.append(axes.axhline(floor, color=ink, alpha=0.7, linewidth=1.2, linestyle=":", label="real data"))
-    _ticks_at(axes.xaxis, _spaced([position for position, _, _ in every]))
+    _ticks_at(axes.xaxis, spaced([position for position, _, _ in every]))
     _plain_log(axes.yaxis, *axes.get_ylim())
     look: dict[str, Any] = {"frameon": False, "labelcolor": ink, "fontsize": 10.5, "ncols": min(3, len(lines))}
     figure.legend(handles=lines, loc="outside upper center", **look)
@@ -199,7 +199,7 @@ def _point(pair: tuple[float, Any]) -> tuple[float, float, float]:
     )
 
 
-def _spaced(positions: Sequence[float], ratio: float = 1.24) -> list[float]:
+def spaced(positions: Sequence[float], ratio: float = 1.24) -> list[float]:
     """The positions that occur most often, none so close to another that their labels would touch."""
     chosen: list[float] = []
     for p in sorted(set(positions), key=lambda p: (-positions.count(p), p)):

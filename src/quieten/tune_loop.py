@@ -14,7 +14,7 @@ from .data import Dataset
 from .denoiser import Preconditioned
 from .files import writing
 from .imitation import MaxEntIRL
-from .loop import Row, Session, learning_rate
+from .loop import Row, Session, autocast_of, learning_rate
 from .metrics import Result
 from .monitor import Check, Reading, Spread, diagnose, drift, spread
 from .noise import Draws
@@ -23,7 +23,6 @@ from .policies import save_policy
 from .policy import Policy
 from .runs import Run
 from .sampling import generate
-from .schema import Train
 from .source import Source
 from .tune_start import Start, make_policy, make_update
 from .variance import fingerprint
@@ -64,7 +63,9 @@ class Tuning(Session):
     ):
         self.yardstick, self.start, self.trunk = yardstick, start, fingerprint(source.denoiser)
         policy = make_policy(source, start, data, run.recipe.train.seed)
-        _set_precision(policy, run.recipe.train, source)
+        dtype = autocast_of(run.recipe.train, policy.denoiser.device)
+        if dtype is not None and isinstance(policy.denoiser, Preconditioned):
+            policy.denoiser.autocast = dtype
         update = make_update(policy, start, run.recipe.train, data, reward)
         ema = nn.ModuleDict({"policy": deepcopy(policy), "value": deepcopy(update.value)})
         super().__init__(run, data, callbacks, update, ema)
@@ -210,9 +211,7 @@ class Tuning(Session):
         if result.value < min(known, default=math.inf):
             self._keep(row)
         self._tell(result.figure(), min([*known, result.value]))
-        self.run.log(row)
-        for callback in self.callbacks:
-            callback(row)
+        self.log(row)
         self._picture(x)
 
     @property
@@ -309,13 +308,3 @@ def reading_of(
         best=None if tilted else best,
         floor=measured["floor"],
     )
-
-
-def _set_precision(policy: Policy, plan: Train, source: Source) -> None:
-    device = source.denoiser.device
-    wanted = plan.precision
-    if wanted == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        wanted = "bf16" if fast else "fp32"
-    if isinstance(policy.denoiser, Preconditioned) and wanted == "bf16":
-        policy.denoiser.autocast = torch.bfloat16
