@@ -102,6 +102,14 @@ def test_rollouts_and_likelihoods_are_the_official_ones(golden, T):
         ours = policy.log_prob(a["rollout_states"][0], a["rollout_states"][1], idx, "mean")
     # far from the means it is -(distance / std)^2 / 2, of an official std that is off by 9e-5
     within(2e-4, (ours / a["logprobstep"] - 1).abs().max(), "likelihood of a step, relative")
+    # and with that very std nothing is left but rounding, of figures up to 96,491
+    official = torch.as_tensor(golden("dxmi_var_schedule")[f"quad_T{T}_std"]).float()
+    policy = wave_policy(T, std=official)
+    with torch.no_grad():
+        ours = policy.log_prob(a["rollout_states"][0], a["rollout_states"][1], idx, "mean")
+        logs = policy.log_rho(torch.arange(T), policy.step(a["rollout_states"][:T, 0], torch.arange(T)))
+    within(1e-6, (ours / a["logprobstep"] - 1).abs().max(), "likelihood of a step with the official std, relative")
+    within(1e-6, (logs - official.log()).abs().max(), "entropy with the official std")
 
 
 def test_the_chain_ends_where_the_long_one_does_or_says_so():
