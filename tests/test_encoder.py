@@ -10,11 +10,12 @@ from torch import nn
 from helpers import refuses, within
 from quieten.bound import VariationalBound
 from quieten.denoiser import Preconditioned
-from quieten.encoder import Contraction, Encoded, EncodedFlow, LearnedEncoder, finite_rate
+from quieten.encoder import Contraction, Encoded, EncodedFlow, LearnedEncoder, Moving, finite_rate
 from quieten.gaussian import Gaussian, scalar, spread_over
 from quieten.nets import UNet
 from quieten.noise import Draws
 from quieten.objective import Batch
+from quieten.policy import Policy
 from quieten.process import FLOW, VP
 from quieten.schedule import Linear
 from quieten.transition import Ancestral
@@ -192,8 +193,48 @@ def test_the_kernel_adds_the_counterterm(counterterm, process):
     within(1e-14, (tensors.mean - p.mean).abs().max(), "levels as tensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 4, 4), (6,)])
+@pytest.mark.parametrize("counterterm", ["sigma2", "none", "split"])
+def test_rows_of_any_levels_are_the_kernels_of_each(counterterm, shape, dtype):
+    """A level for each row, infinite ones among them: every row is what its own floats give, and has its gradient."""
+    inf, x = math.inf, data(6, shape, dtype)[0].requires_grad_()
+    lam_t = torch.tensor([-1.0, 2.0, inf, -inf, 3.0, -inf if counterterm == "none" else -4.0], dtype=torch.float64)
+    lam_s = torch.tensor([0.5, inf, inf, -inf, 3.0, 1.0], dtype=torch.float64)
+    process, z = Encoded(VP, counterterm), x.detach() + 1
+    for t, s, n in [(lam_t, lam_s, 6), (lam_t[:3], inf, 3), (-1.0, lam_s[:2], 2)]:
+        p = process.bridge(Moving(x[:n], rate=0.3 * x[:n]), z[:n], t, s)
+        (slope,) = torch.autograd.grad(p.mean.sum(), x)
+        assert bool(slope.isfinite().all())
+        for k in range(n):
+            a, b = (float(lam[k]) if isinstance(lam, torch.Tensor) else lam for lam in (t, s))
+            alone, row = process.bridge(Moving(x[k : k + 1], rate=0.3 * x[k : k + 1]), z[k : k + 1], a, b), p.mean[k]
+            within(1e-13 if dtype == torch.float64 else 1e-6, (row - alone.mean[0]).detach().abs().max(), f"mean, {a} to {b}")
+            assert torch.allclose(p.var.expand_as(p.mean)[k], alone.var.to(x).expand_as(row), atol=1e-7)
+
+
+def test_a_policy_of_an_encoded_model_takes_rows_of_different_steps():
+    net = Preconditioned(nn.Conv2d(1, 1, 1), Encoded(VP), "v", lambda lam: lam)
+    net.net.forward = lambda x, t: torch.tanh(x)
+    policy = Policy(net, torch.tensor([-5.0, 0.0, 4.0, math.inf], dtype=torch.float64), shape=(1, 4, 4))
+    assert policy.transition.takes_rows
+    x, k = data(6, (1, 4, 4))[0], torch.tensor([2, 0, 1, 2, 0, 1])
+    p = policy.step(x, k)
+    alone = [policy.step(x[i : i + 1], step) for i, step in enumerate(k.tolist())]
+    within(1e-13, (p.mean - torch.cat([q.mean for q in alone])).abs().max(), "means")
+    assert torch.equal(p.var.flatten(), torch.stack([q.var for q in alone]).flatten())
+
+
 def test_what_an_encoded_process_refuses():
     x, _ = data()
+    for levels in ((-math.inf, 0.0), (-math.inf, math.inf), (torch.tensor([0.0, -math.inf]), torch.tensor([1.0, 1.0]))):
+        rows = x if isinstance(levels[0], float) else x[:2]
+        with refuses("`lam_t` is -inf", "finite"):
+            Encoded(VP).bridge(rows, rows, *levels)
+    with refuses("`lam_t` is -inf"):
+        Encoded(VP, "none").bridge(x, x, -math.inf, math.inf)
+    with refuses("`lam_t` is -inf"):
+        EncodedFlow()(Preconditioned(ScoreUNet(3, 8, 1), Encoded(VP, trained=False)), x.float(), -math.inf, 1.0)
     process = Encoded(VP)
     with refuses("`counterterm`", "'half'", "sigma2"):
         Encoded(VP, "half")

@@ -7,6 +7,7 @@ In the encoder's formulas alpha^2 and sigma^2 are sigmoid(lam) and sigmoid(-lam)
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -330,8 +331,8 @@ class Encoded(Process):
         """The kernel p(z_s | z_t); see `Process.bridge` for the arguments.
 
         Raises:
-            ValueError: If eta is not 1 and x_hat is not E[x_t | z_t], for a clipped or uncertain x0, or without the rate that
-                "split" needs.
+            ValueError: If eta is not 1 and x_hat is not E[x_t | z_t], for a clipped or uncertain x0, without the rate that
+                "split" needs, or for a step from lam = -inf (but one of the counterterm "none" to below +inf).
         """
         if eta != 1.0 and not self.knows_score:
             raise ValueError(f"`eta` must be 1 for a denoiser that was trained with an encoder (got {eta}): DDIM and ODE "
@@ -339,13 +340,38 @@ class Encoded(Process):
         if keep is not None or (isinstance(x0, Gaussian) and x0.var is not POINT):
             raise ValueError("clipping with `keep_eps`, and variances of x0, have no meaning for a denoiser that was trained "
                              "with an encoder: leave them out")  # fmt: skip
-        if isinstance(lam_s, float) and lam_s == float("inf"):
-            alpha_t, _ = self.scales(lam_t)
-            return Gaussian(x_t / spread_over(alpha_t, x_t))
+        self.check_start(lam_t, lam_s)
+        if isinstance(lam_t, float) and isinstance(lam_s, float):
+            if lam_s == math.inf or lam_s == lam_t:
+                return Gaussian(x_t / (self.scales(lam_t)[0] if lam_s == math.inf else 1.0))
+            return self._moved(x0, x_t, lam_t, lam_s, eta)
+        like = lam_t if isinstance(lam_t, Tensor) else torch.as_tensor(lam_s)
+        lam_t, lam_s = (torch.as_tensor(lam).to(like) for lam in (lam_t, lam_s))
+        # rows that stay, or that end at the data, stay at any finite level: at an infinite one nothing times inf is NaN
+        ends = lam_s == math.inf
+        start, stop = (torch.where(ends | (lam_s == lam_t), 0.0, lam) for lam in (lam_t, lam_s))
+        p = self._moved(x0, x_t, start, stop, eta)
+        return Gaussian(p.mean / spread_over(torch.where(ends, self.scales(lam_t)[0], 1.0), x_t), p.var)
+
+    def _moved(self, x0: Tensor | Gaussian, x_t: Tensor, lam_t: Level, lam_s: Level, eta: float) -> Gaussian:
+        """The kernel of steps to below +inf."""
         p = self.base.bridge(x0, x_t, lam_t, lam_s, eta)
+        if self.counterterm == "none":  # whose steps may start at -inf
+            return p
         alpha_s, _ = self.scales(lam_s)
-        h = lam_s - lam_t
-        return Gaussian(p.mean + spread_over(alpha_s * h, x_t) * self.rate(x0, lam_t), p.var)
+        return Gaussian(p.mean + spread_over(alpha_s * (lam_s - lam_t), x_t) * self.rate(x0, lam_t), p.var)
+
+    def check_start(self, lam_t: Level, lam_s: Level) -> None:
+        """Raises ValueError for a step from lam = -inf that encoded data do not have; levels on a device are not looked at.
+
+        Their counterterm is infinite there, and so is z_t / alpha_t.
+        """
+        if any(isinstance(lam, Tensor) and (type(lam) is not Tensor or lam.device.type != "cpu") for lam in (lam_t, lam_s)):
+            return
+        wrong = (lam_t == -math.inf) & (lam_s == math.inf if self.counterterm == "none" else lam_s != lam_t)
+        if wrong if isinstance(wrong, bool) else bool(wrong.any()):
+            raise ValueError(f"`lam_t` is -inf, from where {self} has no step: start from a finite log-SNR, such as the last "
+                             "of Linear(13.3, -5.0)")  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Encoded({self.base}, {self.counterterm!r})"
@@ -359,7 +385,7 @@ class EncodedFlow(Transition):
     Exists where E[x_t | z_t] and its rate are known apart: with the counterterm "split", or without a trained encoder.
 
     Raises:
-        ValueError: For a denoiser of another kind.
+        ValueError: For a denoiser of another kind, or a step from lam = -inf.
     """
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
@@ -367,7 +393,8 @@ class EncodedFlow(Transition):
         if not isinstance(process, Encoded) or not process.knows_score:
             raise ValueError(f"EncodedFlow needs a denoiser with the counterterm 'split', or an encoder that was not trained "
                              f"(got the process {process}): sample it with Ancestral()")  # fmt: skip
-        if lam_s == float("inf"):
+        process.check_start(lam_t, lam_s)
+        if lam_s == math.inf:
             return Step(process.bridge(x_t, x_t, lam_t, lam_s))  # rescales the state, whatever the network says
         x0, eps, rate = _flow(denoiser, process, x_t, lam_t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.scales(lam_t), process.scales(lam_s)
