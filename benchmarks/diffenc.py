@@ -25,7 +25,8 @@ from common import header, interleaved
 from quieten.bound import VariationalBound
 from quieten.decoders import Flat, Pixels
 from quieten.denoiser import Preconditioned
-from quieten.encoder import Encoded, LearnedEncoder
+from quieten.encoded import Encoded
+from quieten.encoder import LearnedEncoder
 from quieten.gaussian import spread_over
 from quieten.noise import Draws
 from quieten.objective import Batch

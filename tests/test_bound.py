@@ -16,7 +16,8 @@ from quieten.basis import DCT
 from quieten.bound import VariationalBound, Widened
 from quieten.decoders import Flat, Pixels, Plain
 from quieten.denoiser import Denoiser, Preconditioned
-from quieten.encoder import Contraction, Encoded, EncodedFlow, Encoder, LearnedEncoder, Moving
+from quieten.encoded import Encoded, EncodedFlow, Moving
+from quieten.encoder import Contraction, Encoder, LearnedEncoder
 from quieten.gaussian import Gaussian, spread_over
 from quieten.learned import Monotone, Polynomial
 from quieten.likelihood import Bound, elbo

@@ -11,7 +11,7 @@ from helpers import f64, gaussian_data, refuses, within
 from quieten.adaptive import RK45
 from quieten.decoders import Plain
 from quieten.density import log_likelihood
-from quieten.encoder import Encoded
+from quieten.encoded import Encoded
 from quieten.likelihood import elbo
 from quieten.noise import Draws, Noise
 from quieten.oracle import GaussianData, MixtureData

@@ -13,7 +13,7 @@ from dxmi_toys import Still
 from helpers import gaussian_data, within
 from quieten import DCT, VE, VP, Ancestral, Draws, Noise, Preconditioned, WithCovariance, generate, karras
 from quieten.adapters import adapted, inject
-from quieten.encoder import Encoded
+from quieten.encoded import Encoded
 from quieten.energies import PerceptronValue, ResidualValue
 from quieten.imitation import MaxEntIRL
 from quieten.interop.network import Network

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from helpers import refuses, within
 from quieten.decoders import Plain
 from quieten.denoiser import Denoiser
+from quieten.encoded import Encoded, Moving
 from quieten.encoded_costs import encoded_costs, widened_costs
-from quieten.encoder import Contraction, Encoded, Encoder, LearnedEncoder, Moving
+from quieten.encoder import Contraction, Encoder, LearnedEncoder
 from quieten.gaussian import Gaussian, spread_over
 from quieten.grids import dp_vb, edge_costs, take
 from quieten.likelihood import elbo

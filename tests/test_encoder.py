@@ -10,7 +10,8 @@ from torch import nn
 from helpers import refuses, within
 from quieten.bound import VariationalBound
 from quieten.denoiser import Preconditioned
-from quieten.encoder import Contraction, Encoded, EncodedFlow, LearnedEncoder, Moving, finite_rate
+from quieten.encoded import Encoded, EncodedFlow, Moving
+from quieten.encoder import Contraction, LearnedEncoder, finite_rate
 from quieten.gaussian import Gaussian, scalar, spread_over
 from quieten.nets import UNet
 from quieten.noise import Draws

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers import gaussian_data, refuses, within
 from quieten.denoiser import Denoiser
-from quieten.encoder import Encoded
+from quieten.encoded import Encoded
 from quieten.gaussian import Gaussian, spread_over
 from quieten.guidance import ClassifierFree, Gradient, Guidance, Guided, Likelihood
 from quieten.guides import Classified, Energy, Similarity

@@ -14,7 +14,8 @@ from helpers import DATA, f64, gaussian_data, refuses, within
 from quieten.covariance import Unit
 from quieten.decoders import Dequantised, Discretised, Flat, Pixels, Plain
 from quieten.denoiser import Denoiser, Preconditioned
-from quieten.encoder import Contraction, Encoded
+from quieten.encoded import Encoded
+from quieten.encoder import Contraction
 from quieten.gaussian import POINT, Gaussian, scalar
 from quieten.grids import linear, take
 from quieten.likelihood import Bound, elbo

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .decoders import Decoder
 from .denoiser import Denoiser, convert, form_coefficients
-from .encoder import Encoded, Encoder
+from .encoded import Encoded
+from .encoder import Encoder
 from .gaussian import Gaussian, spread_over
 from .learned import Shaped
 from .noise import Draws

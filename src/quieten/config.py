@@ -191,7 +191,7 @@ def _context(recipe: Recipe) -> dict[str, Any]:
 def build_denoiser(recipe: Recipe) -> Preconditioned:
     """The denoiser, its network freshly initialised from torch's global generator."""
     from .denoiser import Preconditioned, edm_form
-    from .encoder import Separated
+    from .encoded import Separated
     from .parts import build
 
     model, scale = recipe.model, recipe.model.time_scale
@@ -218,7 +218,7 @@ def build_denoiser(recipe: Recipe) -> Preconditioned:
 
 def _process(recipe: Recipe) -> tuple[Process, bool]:
     """The process of the denoiser, and whether it predicts the rate of encoded data too."""
-    from .encoder import Encoded
+    from .encoded import Encoded
     from .process import PROCESSES
 
     base, encoder = PROCESSES[recipe.model.process], recipe.section("encoder")

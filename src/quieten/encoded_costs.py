@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .decoders import Decoder, summed
 from .denoiser import Denoiser
-from .encoder import Encoded, Encoder
+from .encoded import Encoded
+from .encoder import Encoder
 from .noise import Draws
 from .transition import Ancestral
 

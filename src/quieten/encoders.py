@@ -13,7 +13,7 @@ from .vdm_nets import EncoderUNet
 __all__ = ["Counterterm", "compact", "contraction", "published"]
 
 Counterterm = Literal["sigma2", "none", "split"]
-"""A name in `encoder.COUNTERTERMS`; the denoiser is built with it, the encoder does not need it."""
+"""A name in `encoded.COUNTERTERMS`; the denoiser is built with it, the encoder does not need it."""
 
 
 class Timed(nn.Module):

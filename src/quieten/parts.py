@@ -68,7 +68,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
     "augment": {"edm": "augment:EDMAugment", "dihedral": "augment:Dihedral"},
     "target": {"stable": "target:from_recipe"},
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
-    "transition": {**{name: entry.make for name, entry in SAMPLERS.items()}, "encoded-flow": "encoder:EncodedFlow"},
+    "transition": {**{name: entry.make for name, entry in SAMPLERS.items()}, "encoded-flow": "encoded:EncodedFlow"},
     "variance": dict.fromkeys(("ocm", "sn", "npr", "mixed"), "variance:section"),
     "tune": dict.fromkeys(("dxmi", "sft-pg", "sft-ppo", "bptt", "dxdp"), "tune_start:section"),
 }

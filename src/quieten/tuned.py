@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
-from .encoder import Moving
+from .encoded import Moving
 from .gaussian import Gaussian
 from .process import Level, Process
 from .schedule import check_grid
