@@ -1,5 +1,6 @@
 """Recipes: complete, checked, and what they build."""
 
+import inspect
 import math
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from quieten.config import (
     with_overrides,
 )
 from quieten.parts import PARTS, register
+from quieten.tune_start import Start, start_of
+from quieten.variance_fit import fit_variance
 from toy import toy_data, toy_recipe
 
 
@@ -267,3 +270,20 @@ def test_the_cosine_chain_is_that_of_the_official_code(golden) -> None:
     recipe = toy_recipe("objective.schedule=cosine-table")
     expected = torch.logit(torch.from_numpy(arrays["cosine_1000_cum_alphas"][1:]))
     torch.testing.assert_close(build_schedule(recipe).lam, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_sections_have_the_defaults_of_what_they_describe() -> None:
+    """Each number stands once: in `Start`, or in the signature of `fit_variance`."""
+    start = toy_recipe("tune=dxmi").section("tune").options  # type: ignore[union-attr]
+    assert start_of("dxmi", start) == Start()
+    assert Start().to_dict().items() <= start.items()
+    assert set(start) - set(Start().to_dict()) == {"reward", "trunk", "images", "batch", "lr"}
+    fitting = toy_recipe("variance=ocm").section("variance").options  # type: ignore[union-attr]
+    defaults = {name: p.default for name, p in inspect.signature(fit_variance).parameters.items()}
+    shared = ("head", "basis", "block", "link", "derivative", "probes")
+    assert {name: fitting[name] for name in shared} == {name: defaults[name] for name in shared}
+    assert set(fitting) - set(shared) == {"cap", "trunk", "images", "batch", "lr"}
+    with pytest.raises(ValueError, match=r"`heed_start` in the tune 'dxmi': did you mean 'head_start'\?"):
+        toy_recipe("tune={kind: dxmi, heed_start: 1}")
+    with pytest.raises(ValueError, match="`derivative` must be 'auto'"):
+        toy_recipe("variance={kind: ocm, derivative: none}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -21,7 +22,7 @@ from .objective import Weighting, edm_weighting, min_snr
 from .samplers import SAMPLERS
 from .schedule import Linear, Schedule, Table, karras
 
-__all__ = ["PARTS", "Builder", "build", "check_options", "explain", "nearest", "register"]
+__all__ = ["PARTS", "Builder", "borrows", "build", "check_options", "explain", "nearest", "register"]
 
 Builder = Callable[..., Any]
 
@@ -69,7 +70,7 @@ PARTS: dict[str, dict[str, str | Builder]] = {
     "target": {"stable": "target:from_recipe"},
     "grid": {"karras": "parts:karras_between", "schedule": "parts:along_schedule"},
     "transition": {**{name: entry.make for name, entry in SAMPLERS.items()}, "encoded-flow": "encoded:EncodedFlow"},
-    "variance": dict.fromkeys(("ocm", "sn", "npr", "mixed"), "variance:section"),
+    "variance": dict.fromkeys(("ocm", "sn", "npr", "mixed"), "variance_fit:section"),
     "tune": dict.fromkeys(("dxmi", "sft-pg", "sft-ppo", "bptt", "dxdp"), "tune_start:section"),
 }
 """Part of a recipe -> kind -> builder: a callable, or "module:name" in this package, imported when it is first used.
@@ -148,6 +149,29 @@ def _options(part: str, kind: str) -> type[BaseModel]:
             continue  # such as a Process: only code can give it
         fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     return create_model(f"{part} {kind}", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+
+
+def borrows(source: Callable[..., Any], *but: str) -> Callable[[Builder], Builder]:
+    """Decorates a builder of `**options`: it takes those of another callable, or of a dataclass, with the same defaults.
+
+    Arguments:
+        source: Whose keyword arguments are taken, before the builder's own.
+        *but: Names that are not.
+    """
+
+    def decorate(builder: Builder) -> Builder:
+        makers = {f.name: f.default_factory for f in dataclasses.fields(source)} if dataclasses.is_dataclass(source) else {}
+        taken = []
+        for p in inspect.signature(source).parameters.values():
+            if p.name not in but and p.default is not p.empty:
+                make = makers.get(p.name, dataclasses.MISSING)
+                default = p.default if make is dataclasses.MISSING else make()
+                taken.append(p.replace(kind=p.KEYWORD_ONLY, default=default))
+        own = [p for p in inspect.signature(builder).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        builder.__signature__ = inspect.Signature([*taken, *own])  # type: ignore[attr-defined]
+        return builder
+
+    return decorate
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from .data import Dataset, Order
 from .energies import PerceptronValue, ResidualValue, default_value
 from .imitation import MaxEntIRL
 from .noise import Draws, Noise
+from .parts import borrows, nearest
 from .policy import TRAINED, Policy
 from .policy_schedule import fastdpm, moment_std
 from .schedule import karras
@@ -113,8 +114,6 @@ class Start:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from .parts import nearest
-
         if self.T < 1:
             raise ValueError(f"`T` must be at least 1 step (got {self.T})")
         for name, known in (
@@ -158,31 +157,18 @@ VALUES = ("auto", "encoder", "residual", "perceptron")
 ENERGIES = ("value", "own")
 
 
+@borrows(Start, "method")
 def section(
-    T: int = 4,
-    start: Literal["ddim", "ddpm", "fastdpm", "ocm"] = "ddim",
-    eta: float | None = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float | None = None,
-    train_std: Literal["none", "all", "fix_last", "fix_last3"] = "fix_last",
-    last_std: float = 1e-3,
-    value: Literal["auto", "encoder", "residual", "perceptron"] = "auto",
-    width: int | None = None,
-    energy: Literal["value", "own"] = "value",
-    adapters: int = 0,
-    head_start: int = 3_200,
-    value_decay: float = 0.1,
-    flip: bool = False,
-    settings: dict[str, Any] | None = None,
+    *,
     reward: str | None = None,
     trunk: str | None = None,
     images: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """What a recipe's section `tune` may say beside the method, with the defaults of `quieten tune` for its run."""
-    return dict(locals())
+    """What a recipe's section `tune` may say beside the method: what a policy starts from, and `quieten tune` for its run."""
+    return {**options, "reward": reward, "trunk": trunk, "images": images, "batch": batch, "lr": lr}
 
 
 def start_of(method: str, options: dict[str, Any]) -> Start:

@@ -26,7 +26,6 @@ __all__ = [
     "load_variance",
     "make_variance",
     "save_variance",
-    "section",
     "untrained",
     "variance_names",
 ]
@@ -77,23 +76,6 @@ def make_variance(
         cosines.check(torch.empty(0, *denoiser.shape, device="meta"))
     made = make_head(denoiser, head, 1 if cosines is None else block)
     return KINDS[kind](made, link=link, basis=cosines, cap=_bounds(cap))
-
-
-def section(
-    head: Literal["simple", "complex", "separate"] = "complex",
-    basis: Literal["pixel", "dct"] = "pixel",
-    block: int = 4,
-    link: Literal["unit", "linear"] = "unit",
-    cap: list[float] | float | None = None,
-    derivative: Literal["auto", "vjp", "fd", "jvp"] = "auto",
-    probes: int = 1,
-    trunk: str | None = None,
-    images: int | None = None,
-    batch: int | None = None,
-    lr: float | None = None,
-) -> dict[str, Any]:
-    """What a recipe's section `variance` may say beside the kind, with the defaults of `quieten variance fit` for its run."""
-    return dict(locals())
 
 
 def untrained(name: str, cap: Tensor | float | None = None) -> Source:

@@ -20,6 +20,7 @@ from .loop import Row
 from .matching import CovarianceMatching
 from .noise import Draws
 from .objective import Batch, noised_by
+from .parts import borrows
 from .progress import Progress
 from .runs import Run
 from .schedule import Linear, Schedule
@@ -28,7 +29,7 @@ from .source import Source
 from .variance import UNTRAINED, fingerprint, make_variance, save_variance
 from .watch import signals
 
-__all__ = ["Fitted", "HeadUpdate", "fit_variance", "measure_analytic"]
+__all__ = ["Fitted", "HeadUpdate", "fit_variance", "measure_analytic", "section"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def fit_variance(
     basis: Literal["pixel", "dct"] = "pixel",
     block: int = 4,
     link: Literal["unit", "linear"] = "unit",
-    derivative: str = "auto",
+    derivative: Literal["auto", "vjp", "fd", "jvp"] = "auto",
     probes: int = 1,
     estimator: str = "residual",
     train: Train | None = None,
@@ -276,6 +277,20 @@ def _fit_analytic(
     }  # fmt: skip
     file = save_variance(folder, name, Analytic(lams, m, error), facts)
     return Fitted(file, f"{file}: variances of {count} levels from {n:,} images")
+
+
+@borrows(fit_variance, "kind", "name", "out", "estimator", "train", "callbacks")
+def section(
+    *,
+    cap: list[float] | float | None = None,
+    trunk: str | None = None,
+    images: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What a recipe's section `variance` may say beside the kind: what `fit_variance` is given for its run."""
+    return {**options, "cap": cap, "trunk": trunk, "images": images, "batch": batch, "lr": lr}
 
 
 class _StoppedError(Exception):
