@@ -67,7 +67,7 @@ def test_a_policy_comes_back(tmp_path, how, transition, per):
 
 def test_adapters_make_small_files_and_half_makes_smaller_ones(tmp_path):
     sizes = {}
-    for how, half in (("all", False), ("all", True), ("adapters", False)):
+    for how, half in (("all", False), ("all", True), ("adapters", False), ("adapters", True)):
         policy = tuned(how)
         file = save_policy(tmp_path, f"{how}{half}", policy, trunk=fingerprint(trunk()), half=half)
         sizes[how, half] = file.stat().st_size
@@ -76,7 +76,21 @@ def test_adapters_make_small_files_and_half_makes_smaller_ones(tmp_path):
         within(1e-2 if half else 0, (ours - theirs).abs().max(), f"{how}, half={half}")
     assert sizes["all", True] < 0.7 * sizes["all", False]
     assert sizes["adapters", False] < 0.7 * sizes["all", False]
-    assert adapters(again.denoiser)
+    assert sizes["adapters", True] < 0.8 * sizes["adapters", False]
+    assert all(t.dtype != torch.float16 for t in adapters(again.denoiser).values())
+
+
+def test_adapters_in_half_precision_leave_the_model_exactly_as_it_was(tmp_path):
+    """They are the change alone: a model they do not change is not rounded."""
+    denoiser = trunk()
+    inject(denoiser, rank=2)  # `up` is zero
+    policy = Policy(denoiser, karras(3, 0.05, 20.0))
+    save_policy(tmp_path, "none", policy, trunk=fingerprint(trunk()), half=True)
+    ours, theirs = (
+        p.rollout(4, Noise(0, range(4))).final
+        for p in (load_policy(tmp_path, "none", trunk()), Policy(trunk(), karras(3, 0.05, 20.0)))
+    )
+    within(0, (ours - theirs).abs().max(), "samples")
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):

@@ -53,7 +53,7 @@ def save_policy(
         trunk: `fingerprint` of the denoiser before it was tuned.
         s2: Variances of the auxiliary kernels (T,), for those who go on training.
         half: Weights as float16. That rounds them by up to 5e-4 of their size, more than a short run may have changed them:
-            compare samples first. Adapters are never rounded.
+            compare samples first. Of adapters it rounds the change alone.
         facts: What else to keep, such as how it was tuned and how good it is.
 
     Raises:
@@ -64,7 +64,7 @@ def save_policy(
     steps, net = policy.transition, _network(policy.denoiser)
     few = adapters.adapters(net)
     weights = few or net.state_dict()
-    if half and not few:
+    if half:
         weights = {key: t.half() if t.dtype == torch.float32 else t for key, t in weights.items()}
     tensors = {f"network.{key}": t for key, t in weights.items()}
     tensors |= {"grid": policy.grid, "log_std": steps.log_std, "start": steps.start}
