@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conftest import golden
 from helpers import refuses, within
 from quieten.basis import DCT
-from quieten.bound import VariationalBound, Widened
+from quieten.bound import VariationalBound
 from quieten.decoders import Flat, Pixels, Plain
 from quieten.denoiser import Denoiser, Preconditioned
 from quieten.encoded import Encoded, EncodedFlow, Moving
@@ -29,6 +29,7 @@ from quieten.sampling import trajectory
 from quieten.schedule import Linear, LogNormal
 from quieten.solver import AdamsBashforth, Exponential, Heun
 from quieten.transition import Ancestral
+from quieten.widened import Widened
 
 S2, TOP, BOTTOM = 0.25, 13.3, -5.0
 

@@ -3,29 +3,33 @@ r"""The variational bound as a loss: VDM, and DiffEnc when an encoder takes part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .decoders import Decoder
+from .decoders import Decoder, summed
 from .denoiser import Denoiser, convert, form_coefficients
 from .encoded import Encoded
 from .encoder import Encoder
-from .gaussian import Gaussian, spread_over
+from .gaussian import spread_over
 from .learned import Shaped
 from .noise import Draws
 from .objective import Batch, Objective, dropped, level_dtype
 from .process import Process
 from .schedule import Schedule
-from .transition import Step, Transition
 
-if TYPE_CHECKING:
-    from .likelihood import Bound
-
-__all__ = ["REVERSE_VARIANCES", "Terms", "VariationalBound", "Widened", "continuous", "in_steps"]
+__all__ = [
+    "REVERSE_VARIANCES",
+    "Terms",
+    "VariationalBound",
+    "continuous",
+    "drift_error",
+    "in_steps",
+    "mean_error",
+    "prior_term",
+]
 
 Decode = Callable[[Any, Tensor, Tensor, Any], Tensor]
 """A decoder as `likelihood` has it: (step, x0, x_t, lam_t) -> (B,) nats; here step is None and lam_t the last finite level."""
@@ -67,8 +71,9 @@ class VariationalBound(Objective):
         shape_by: "bound" trains the inner shape of a `Shaped` schedule by the bound (which in continuous time does not depend
             on it), "variance" by the square of the diffusion loss, so that its estimate varies less.
         reverse_variance: "equal" (to that of the posterior), or for T steps "optimal": widened by a running estimate of what
-            makes the bound smallest, see `Widened`; or "learned": that of the kernel of `Ancestral()` with the variance that
-            the denoiser reports, of `Ancestral(range=True)` for a `learned_range` network. Then it is trained, too.
+            makes the bound smallest, see `widened.Widened`; or "learned": that of the kernel of `Ancestral()` with the
+            variance that the denoiser reports, of `Ancestral(range=True)` for a `learned_range` network. Then it is trained,
+            too.
         momentum: Of that running estimate, per visit of a step.
         times: "even": one offset per batch, times spread evenly; or "independent" uniforms.
         drop: Conditions to drop at random, as in `Denoising`.
@@ -160,7 +165,7 @@ class VariationalBound(Objective):
             noise = draws.normal(batch.x0, "decoder")
             alpha, sigma = process.scales_over(ends[0], batch.x0)
             z_first = alpha * x_first + sigma * noise
-            prior = _prior(process, x_last, ends[1])
+            prior = prior_term(process, x_last, ends[1])
             if len(x_last) < len(batch.x0):
                 prior = nn.functional.pad(prior * (len(batch.x0) / len(x_last)), (0, len(batch.x0) - len(x_last)))
             out = Terms(
@@ -181,11 +186,9 @@ class VariationalBound(Objective):
         else:
             lam, rate = self.schedule.rate(u)
         x_t, x_rate = (batch.x0, None) if self.encoder is None else self.encoder.with_rate(batch.x0, lam)
-        error, d_hat, extra = self._errors(denoiser, x_t, lam, batch.cond, draws)
-        if x_rate is not None:
-            alpha, sigma = self._process(denoiser).scales_over(lam, x_t)
-            error = error + (alpha / sigma) * (x_rate - d_hat)
-        loss = 0.5 * rate.to(error) * _squared(error)
+        eps, cond = self._noised(x_t, batch.cond, draws)
+        error, extra = drift_error(denoiser, x_t, x_rate, eps, lam, **cond)
+        loss = 0.5 * rate.to(error) * summed(error.square())
         emphasis = 2.0 * loss.detach()
         for tensor in shape:  # d(l^2) = 2 l dl, and each example has a level of its own: one backward pass serves both
             if tensor.requires_grad:
@@ -201,34 +204,19 @@ class VariationalBound(Objective):
         if self.reverse_variance == "learned":
             return Terms(diffusion=steps * self._spread(denoiser, batch, lam, lam_s, draws))
         x_t, x_s = (batch.x0, None) if self.encoder is None else self._encoded_pair(batch.x0, lam, lam_s)
-        error, d_hat, extra = self._errors(denoiser, x_t, lam, batch.cond, draws)
+        eps, cond = self._noised(x_t, batch.cond, draws)
+        error, d_hat, extra = mean_error(denoiser, x_t, eps, lam, **cond)
         if x_s is not None:
-            alpha, sigma = self._process(denoiser).scales_over(lam, x_t)
+            alpha, sigma = denoiser.process.scales_over(lam, x_t)
             error = error + (alpha / sigma) / spread_over(-torch.expm1(-h), x_t) * (x_s - x_t - spread_over(h, x_t) * d_hat)
-        ratio = torch.expm1(h).to(error) * _squared(error)  # ||mu_Q - mu_P||^2 / sigma_Q^2
+        ratio = torch.expm1(h).to(error) * summed(error.square())  # ||mu_Q - mu_P||^2 / sigma_Q^2
         loss = 0.5 * steps * (ratio if self.excess is None else self._widened(ratio, index.long() - 1, x_t[0].numel()))
         return Terms(diffusion=loss, **({} if extra is None else {"mean": 0.5 * steps * torch.expm1(h).to(error) * extra}))
 
-    def _errors(
-        self, denoiser: Denoiser, x_t: Tensor, lam: Tensor, cond: dict[str, Tensor], draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """exp(lam / 2) (x_t - x_hat), the counterterm d_hat, and, for "split", the squared error of x_hat (B,)."""
-        process, cond = self._process(denoiser), dropped(cond, self.drop, draws)
-        eps = draws.normal(x_t, "eps")
-        alpha, sigma = process.scales_over(lam, x_t)
-        z = alpha * x_t + sigma * eps
-        if isinstance(process, Encoded) and process.counterterm == "split":
-            p = denoiser(z, lam, **cond)
-            error = (alpha / sigma) * (x_t - p.mean)
-            return error, process.rate(p, lam), _squared((alpha / sigma) * (x_t.detach() - p.mean))
-        form = getattr(denoiser, "form", "x0")
-        p, q = form_coefficients(form, alpha, sigma)
-        f = denoiser.predict(z, lam, form, **cond)
-        error = -alpha / (p * alpha - q * sigma) * (p * eps + q * x_t - f)
-        d_hat = (
-            process.rate(convert(f, z, form, "x0", alpha, sigma), lam) if isinstance(process, Encoded) else x_t.new_zeros(())
-        )
-        return error, d_hat, None
+    def _noised(self, x_t: Tensor, cond: dict[str, Tensor], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The noise of the states, and the conditions that are left of `cond`."""
+        cond = dropped(cond, self.drop, draws)
+        return draws.normal(x_t, "eps"), cond
 
     def _widened(self, ratio: Tensor, index: Tensor, dims: int) -> Tensor:
         """2 KL of a step whose reverse variance is (1 + excess) times the posterior's, for ||mu_Q - mu_P||^2 / sigma_Q^2."""
@@ -303,17 +291,66 @@ class VariationalBound(Objective):
         return any(p.requires_grad for m in modules for p in m.parameters())
 
 
-def _prior(process: Process, x: Tensor, lam: Tensor) -> Tensor:
-    """KL(q(z | x) || prior) at lam, (B,) in nats; what does not depend on x is formed in the dtype of lam."""
+def mean_error(denoiser: Denoiser, x_t: Tensor, eps: Tensor, lam: Tensor, **cond: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a step's mean is off by, in the unit of its noise, and what is needed to add the data's own motion.
+
+    Arguments:
+        denoiser: Conditions free or bound; its own form is that of the error, which near the data is the one with digits.
+        x_t: Data, or encoded data (B, *).
+        eps: Their noise (B, *).
+        lam: Log-SNRs (B,).
+        **cond: Free conditions.
+
+    Returns:
+        exp(lam / 2) (x_t - x_hat) of shape (B, *); the counterterm d_hat, (B, *) or () for none; and, for "split", the squared
+        norm of the former without a graph through x_t (B,).
+    """
+    process = denoiser.process
+    alpha, sigma = process.scales_over(lam, x_t)
+    z = alpha * x_t + sigma * eps
+    if isinstance(process, Encoded) and process.counterterm == "split":
+        p = denoiser(z, lam, **cond)
+        own = summed(((alpha / sigma) * (x_t.detach() - p.mean)).square())
+        return (alpha / sigma) * (x_t - p.mean), process.rate(p, lam), own
+    form = getattr(denoiser, "form", "x0")
+    p, q = form_coefficients(form, alpha, sigma)
+    f = denoiser.predict(z, lam, form, **cond)
+    error = -alpha / (p * alpha - q * sigma) * (p * eps + q * x_t - f)
+    if not isinstance(process, Encoded):
+        return error, x_t.new_zeros(()), None
+    return error, process.rate(convert(f, z, form, "x0", alpha, sigma), lam), None
+
+
+def drift_error(
+    denoiser: Denoiser, x_t: Tensor, x_rate: Tensor | None, eps: Tensor, lam: Tensor, **cond: Any
+) -> tuple[Tensor, Tensor | None]:
+    """exp(lam / 2) (u - u_hat) of the bound in continuous time (B, *), and the last of `mean_error`.
+
+    Arguments:
+        denoiser: As in `mean_error`, and so is the rest.
+        x_t: Data, or encoded data (B, *).
+        x_rate: The rate of encoded data by lam (B, *); None for data as they are.
+        eps: Their noise (B, *).
+        lam: Log-SNRs (B,).
+        **cond: Free conditions.
+    """
+    error, d_hat, own = mean_error(denoiser, x_t, eps, lam, **cond)
+    if x_rate is not None:
+        alpha, sigma = denoiser.process.scales_over(lam, x_t)
+        error = error + (alpha / sigma) * (x_rate - d_hat)
+    return error, own
+
+
+def prior_term(process: Process, x: Tensor, lam: Tensor) -> Tensor:
+    """KL(q(z | x) || prior) of data, or encoded data, x (B, *) at lam (): (B,) nats.
+
+    What does not depend on x is formed in the dtype of lam.
+    """
     alpha, sigma = process.scales(lam)
     prior = process.prior(lam).var.to(lam)
     ratio = sigma * sigma / prior
     constant = (ratio - 1.0 - ratio.log()) * (x[0].numel() if len(x) else 0)
-    return 0.5 * (_squared(x) * (alpha * alpha / prior).to(x) + constant.to(x))
-
-
-def _squared(x: Tensor) -> Tensor:
-    return x.square().flatten(1).sum(1)
+    return 0.5 * (summed(x.square()) * (alpha * alpha / prior).to(x) + constant.to(x))
 
 
 def _check_falling(schedule: Schedule) -> None:
@@ -342,59 +379,3 @@ def in_steps(
 ) -> dict[str, Any]:
     """The options of a bound in T steps, for recipes."""
     return {"steps": count, "reverse_variance": reverse_variance, "momentum": momentum, "times": times, "lean": lean}
-
-
-class Widened(Transition):
-    r"""A transition whose kernels are widened step by step: the reverse variance that makes the bound smallest.
-
-    For kernels with the posterior's variance :math:`\sigma_Q^2` a step costs :math:`\|\mu_P - \mu_Q\|^2 / 2 \sigma_Q^2`; with
-    :math:`\sigma_P^2 = (1 + e)\, \sigma_Q^2`, e the mean of :math:`\|\mu_P - \mu_Q\|^2 / D \sigma_Q^2`, only D / 2 log(1 + e).
-
-    Arguments:
-        inner: The transition, with the posterior's variance: `Ancestral(spread=False)`, or `Ancestral()` of a denoiser that
-            reports none.
-        levels: T + 1 log-SNRs between which the steps are, in either order; or a schedule, for u = 0, 1/T, ..., 1.
-        excess: e of each of the T steps, from data to noise: (T,), such as `VariationalBound.excess`. See `of`.
-
-    Raises:
-        ValueError: If there is not one number, at least 0, for each step; or at a step that is none of the T.
-
-    References:
-        | DiffEnc (Nielsen et al., 2024), section 3 and appendix, on unequal variances
-        | https://arxiv.org/abs/2310.19789
-    """
-
-    def __init__(self, inner: Transition, levels: Schedule | Tensor | Sequence[float], excess: Tensor):
-        super().__init__()
-        self.inner, self.excess = inner, excess.tolist()
-        if isinstance(levels, Schedule):
-            with torch.no_grad():
-                levels = levels(torch.linspace(0, 1, len(excess) + 1, dtype=torch.float64))
-        self.levels = sorted(torch.as_tensor(levels, dtype=torch.float64).tolist(), reverse=True)
-        if len(self.levels) != len(self.excess) + 1:
-            raise ValueError(f"`excess` must hold a number for each of the {len(self.levels) - 1} steps between `levels` (got "
-                             f"{len(self.excess)})")  # fmt: skip
-        if not all(0.0 <= value < math.inf for value in self.excess):
-            raise ValueError(f"`excess` must be finite and not negative (got {min(self.excess):.4g} to {max(self.excess):.4g})")
-
-    @classmethod
-    def of(cls, inner: Transition, bound: Bound) -> Widened:
-        """The best widening of a transition, from a bound in steps that was measured with it on training data."""
-        if not bound.levels or not len(bound.prior):
-            raise ValueError("`bound` must be of at least one example, in steps: measure it on a grid")
-        return cls(inner, bound.levels, 2.0 * bound.diffusion.mean(0).flip(0) / bound.dims)
-
-    def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
-        step = self.inner(denoiser, x_t, lam_t, lam_s, memory)
-        if lam_s == math.inf:
-            return step
-        gaps = [_apart(lam_t, a) + _apart(lam_s, b) for b, a in pairwise(self.levels)]
-        index = min(range(len(gaps)), key=gaps.__getitem__, default=-1)
-        if index < 0 or not gaps[index] <= 1e-3:
-            raise ValueError(f"the variance of the step from {lam_t:.4g} to {lam_s:.4g} was not learned: take the grid of "
-                             f"{len(gaps)} steps that it was measured on")  # fmt: skip
-        return Step(Gaussian(step.p.mean, step.p.var * (1.0 + self.excess[index])), step.x0, step.memory, step.then)
-
-
-def _apart(a: float, b: float) -> float:
-    return 0.0 if a == b else abs(a - b)  # pure noise is at -inf

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .bound import drift_error, prior_term
 from .decoders import Decoder, summed
-from .denoiser import Denoiser, form_coefficients
+from .denoiser import Denoiser
 from .density import log_likelihood
 from .gaussian import Gaussian
 from .noise import Draws
@@ -343,8 +344,7 @@ def _kernel(step: Step) -> Gaussian:
 
 def _prior(process: Process, x0: Tensor, lam: float, encoder: Encoder | None) -> Tensor:
     """KL(q(x_T | x0) || p(x_T)), (B,)."""
-    q = process.marginal(x0 if encoder is None else _encoded(encoder, x0, lam), lam)
-    return q.kl(Gaussian(torch.zeros_like(x0), process.prior(lam).var))
+    return prior_term(process, x0 if encoder is None else _encoded(encoder, x0, lam), torch.tensor(lam, dtype=torch.float64))
 
 
 # ---- in continuous time
@@ -360,27 +360,14 @@ def _continuous(
                          "Linear(lam_max, lam_min), or a grid of levels")  # fmt: skip
     u = schedule.draw(draws).to(x0)
     lam, rate = schedule.rate(u)
-    error = _noise_error(denoiser, x0, lam, draws, encoder)
-    diffusion = 0.5 * rate * error
+    m, moving = x0, None
+    if encoder is not None:
+        dtype = _dtype_of(encoder, x0)
+        m, moving = (part.to(x0) for part in encoder.with_rate(x0.to(dtype), lam.to(dtype)))
+    error, _ = drift_error(denoiser, m, moving, draws.normal(x0, "bound diffusion"), lam)
+    diffusion = 0.5 * rate * summed(error.square())
     _, x_t = _noised(process, x0, clean, encoder, draws, 0)
     step = Ancestral()(denoiser, x_t, clean, math.inf) if decoder.uses_step else None
     prior, reconstruction = _prior(process, x0, noisy, encoder), decoder(step, x0, x_t, clean)
     dims = math.prod(x0.shape[1:])
     return Bound(prior, diffusion[:, None], reconstruction, dims, (), decoder.pixels is not None)
-
-
-def _noise_error(denoiser: Denoiser, x0: Tensor, lam: Tensor, draws: Draws, encoder: Encoder | None) -> Tensor:
-    r"""e^lam ||u - u_hat||^2, (B,): u = x0, or x_t + dx_t/dlam of encoded data; without an encoder, ||eps - eps_hat||^2."""
-    process, eps = denoiser.process, draws.normal(x0, "bound diffusion")
-    alpha, sigma = process.scales_over(lam, x0)
-    if encoder is not None:
-        dtype = _dtype_of(encoder, x0)
-        m, rate = (part.to(x0) for part in encoder.with_rate(x0.to(dtype), lam.to(dtype)))
-        x = denoiser(alpha * m + sigma * eps, lam)
-        moved: Any = getattr(process, "rate", None)  # the counterterm of a process of encoded data
-        difference = m + rate - x.mean - (0.0 if moved is None else moved(x, lam))
-        return torch.exp(lam) * summed(difference.square())
-    form = getattr(denoiser, "form", "x0")
-    p, q = form_coefficients(form, alpha, sigma)
-    error = denoiser.predict(alpha * x0 + sigma * eps, lam, form) - (p * eps + q * x0)  # no cancellation near the data
-    return summed((alpha / (p * alpha - q * sigma) * error).square())

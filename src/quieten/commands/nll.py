@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..adaptive import RK45
-from ..bound import Widened
 from ..decoders import Decoder, Discretised, Flat
 from ..denoiser import Denoiser
 from ..encoded_costs import encoded_costs, widened_costs
@@ -27,6 +26,7 @@ from ..schedule import Linear, Schedule, Table
 from ..source import Source, open_source
 from ..transition import Ancestral, Transition
 from ..variance import load_variance, variance_names
+from ..widened import Widened
 from ..wrap import WithCovariance
 from .likely import Asked, Examples, decoder_of, examples_of, load_data
 

@@ -16,7 +16,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..bound import Widened
 from ..data import to_pixels
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
@@ -30,6 +29,7 @@ from ..source import Source, open_source
 from ..splits import SPLITS, split
 from ..transition import Transition
 from ..variance import load_variance
+from ..widened import Widened
 from ..wrap import Clipped, Counted, Extrapolated, WithCovariance
 from .guide import Guide, chosen, open_guide
 
