@@ -92,7 +92,8 @@ SLOW: dict[str, Plan] = {
     ),
     **{
         f"dxmi_{name}": Plan(
-            "four tuned steps, against untuned ones", (name,), (name, "--n", "100", "--seeds", "2"), found=r"all bars|is not below|nearer to training|^\| (dxmi|dpm|start)",
+            "four tuned steps, against untuned ones", (name,), (name, "--n", "100", "--seeds", "2"),
+            found=r"all bars|is not below|nearer to training|^\| (dxmi|dpm|start)",
             slow="draws 2,000 images a row and seed", file="dxmi_small",
         )
         for name in ("digits", "emoji")
