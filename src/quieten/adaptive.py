@@ -104,6 +104,7 @@ class RK45(Transition):
         self.rtol, self.atol, self.denoise, self.max_steps = rtol, atol, denoise, max_steps
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
+        denoiser.process.check_mean()
         if lam_s == lam_t:
             return Step(Gaussian(x_t), memory=memory)
         if lam_t == math.inf:

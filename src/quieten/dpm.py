@@ -38,6 +38,7 @@ class Singlestep(Transition):
         self.r = r
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
+        denoiser.process.check_mean()
         x0, process = denoiser(x_t, lam_t), denoiser.process
         if math.isinf(lam_t) or math.isinf(lam_s) or lam_s == lam_t:
             return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0)
@@ -88,6 +89,7 @@ class UniPC(Transition):
         return self.corrector
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
+        denoiser.process.check_mean()
         x0, process, past = denoiser(x_t, lam_t), denoiser.process, memory
         if lam_t == -math.inf:
             return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0)

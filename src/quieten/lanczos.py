@@ -113,6 +113,7 @@ class Lanczos(Transition):
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
         if not isinstance(lam_t, float) or not isinstance(lam_s, float):
             raise ValueError("`lam_t` and `lam_s` must be floats: this kernel is for the sampling loop")
+        denoiser.process.check_mean()
         if lam_s <= lam_t:
             return Step(Gaussian(x_t) if lam_s == lam_t else denoiser.process.noising(x_t, lam_t, lam_s))
         if lam_t == -math.inf:

@@ -44,6 +44,7 @@ class PLMS(Transition):
         self.order = order
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
+        denoiser.process.check_mean()
         x0, process = denoiser(x_t, lam_t), denoiser.process
         if lam_t == -math.inf:
             return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0)

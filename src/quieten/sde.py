@@ -40,6 +40,7 @@ class EulerMaruyama(Transition):
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
         process = denoiser.process
+        process.check_mean()
         if lam_s <= lam_t:
             return Step(Gaussian(x_t) if lam_s == lam_t else process.noising(x_t, lam_t, lam_s))
         if lam_t == -math.inf:

@@ -218,6 +218,8 @@ class Langevin(Transition):
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
         if lam_s != lam_t:
             return self.inner(denoiser, x_t, lam_t, lam_s, memory)
+        if not getattr(denoiser.process, "knows_score", True):
+            denoiser.process.check_mean()
         x0 = denoiser(x_t, lam_t)
         alpha, sigma = denoiser.process.scales_over(lam_t, x_t)
         score = (alpha * x0.mean - x_t) / (sigma * sigma)
