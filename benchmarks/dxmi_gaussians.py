@@ -29,14 +29,13 @@ from quieten.denoiser import Preconditioned
 from quieten.energies import PerceptronValue, perceptron
 from quieten.files import write_atomic
 from quieten.imitation import MaxEntIRL
-from quieten.metrics import sliced_wasserstein
+from quieten.metrics import auroc, sliced_wasserstein
 from quieten.nets import Embedding
 from quieten.noise import Draws, Noise
 from quieten.oracle import MixtureData
 from quieten.policy import Policy
 from quieten.process import VP
 from quieten.schedule import Table
-from quieten.scores import auroc
 from quieten.tuning import Settings
 
 T = 5

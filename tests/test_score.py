@@ -14,8 +14,8 @@ from conftest import Type
 from helpers import refuses, within
 from quieten.commands.score import BY, score, tuned_energy
 from quieten.fit import fit
+from quieten.metrics import auroc
 from quieten.runs import Run
-from quieten.scores import auroc
 from quieten.source import open_source
 from quieten.tune import PLAN, tune_policy
 from quieten.tune_start import Start
@@ -60,7 +60,9 @@ def test_every_score(toy: Path, data: Path, tmp_path: Path, by: str) -> None:
     assert strange.tolist() == [label == 1 for label in arrays["labels"].tolist()]
     assert area.value == auroc(scores, strange).value
     told = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert told["auroc"] == area.value
+    assert (told["auroc"], told["error"]) == (area.value, area.uncertainty)
+    assert (told["normal"], told["strange"]) == (int((~strange).sum()), int(strange.sum()))
+    assert (area.protocol.extractor, area.protocol.weights) == (BY[by], "ema")
     assert told["by"] == by
     with (tmp_path / "out" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -105,7 +107,7 @@ def test_against_other_data(toy: Path, data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.npz"
     np.savez(other, images=np.random.default_rng(0).uniform(-1, 1, (12, 1, 8, 8)).astype(np.float32))
     area, arrays = run(toy, data, tmp_path, by="loss", against=str(other), levels=1, n=10)
-    assert (area.normal, area.strange) == (10, 10)
+    assert (area.protocol.n_reference, area.protocol.n) == (10, 10)
     assert arrays["strange"].tolist() == [False] * 10 + [True] * 10
     assert "labels" not in arrays
 

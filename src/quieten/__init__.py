@@ -31,6 +31,7 @@ _WHERE = {
     "splits": ["SPLITS"],
     "kick": ["EulerKick", "Kick", "MultistepKick", "StagedKick", "SubCycled"],
     "quadratic": ["ExactKick", "ImplicitKick", "Quadratic"],
+    "allocator": ["keep_freed_memory"],
     "sampling": ["generate", "sample", "trajectory"],
     "likelihood": ["Bound", "elbo", "evaluate", "fit_decoder"],
     "density": ["log_likelihood"],
@@ -75,12 +76,12 @@ _WHERE = {
     "borrowed": ["EncoderEnergy", "EncoderValue"],
     "features": ["Extractor", "Statistics"],
     "metrics": [
-        "Manifold", "Memorisation", "calibration", "energy_distance", "frechet", "kid", "memorisation", "prdc",
+        "Manifold", "Memorisation", "auroc", "calibration", "energy_distance", "frechet", "kid", "memorisation", "prdc",
         "sliced_wasserstein",
     ],
     "energies": ["AutoencoderEnergy", "PerceptronValue", "ResidualValue", "autoencoder", "default_value"],
     "reward": ["RewardEnergy", "RewardTuning", "reward_settings", "tune_to_reward"],
-    "scores": ["auroc"],
+    "scores": [],
     "interop": ["from_diffusers", "to_diffusers"],
     "interop.optimal": ["OptimalCovarianceScheduler", "VarianceUNet"],
 }  # fmt: skip

@@ -1,14 +1,13 @@
-"""How strange an example is, without an energy, and how well any score tells the strange from the normal.
+"""How strange an example is, without an energy: one number per example, high where it is strange.
 
-Scores are one number per example, high where it is strange. Features (N, F) are what somebody else made of images, or the
-pixels themselves.
+Features (N, F) are what somebody else made of images, or the pixels themselves. How well a score tells the strange from the
+normal is in `metrics.ranking`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,80 +16,7 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .noise import Noise
 
-__all__ = ["AUROC", "auroc", "denoising_errors", "neighbour_distance", "reconstruction_error", "roc"]
-
-
-@dataclass(frozen=True)
-class AUROC:
-    """Area under the ROC curve: the chance that a strange example scores above a normal one, ties counting half.
-
-    Attributes:
-        value: 0.5 is chance, 1 perfect.
-        error: One standard error over draws of the examples; NaN where either kind has fewer than two.
-        normal: Number of normal examples.
-        strange: Number of the others.
-    """
-
-    value: float
-    error: float
-    normal: int
-    strange: int
-
-    def __str__(self) -> str:
-        return f"AUROC {self.value:.4f} ± {self.error:.4f} ({self.strange:,} strange against {self.normal:,} normal)"
-
-
-def auroc(scores: Tensor, strange: Tensor) -> AUROC:
-    """The area under the ROC curve and its standard error, in float64.
-
-    Arguments:
-        scores: One number per example (N,), high where it is strange.
-        strange: bool (N,), the truth.
-
-    Raises:
-        ValueError: If the shapes differ, a score is NaN, or one of the two kinds is missing.
-
-    References:
-        | Comparing the Areas under Two or More Correlated ROC Curves (DeLong, DeLong, Clarke-Pearson, 1988), eq. 2 and 3
-    """
-    scores, strange = _checked(scores, strange)
-    m, n = int(strange.sum()), int((~strange).sum())
-    ranks = _midranks(scores)
-    above = (ranks[strange] - _midranks(scores[strange])) / n  # share of normal ones below each strange one
-    below = 1.0 - (ranks[~strange] - _midranks(scores[~strange])) / m
-    error = math.sqrt(float(above.var()) / m + float(below.var()) / n) if min(m, n) > 1 else math.nan
-    return AUROC(float(above.mean()), error, n, m)
-
-
-def roc(scores: Tensor, strange: Tensor) -> tuple[Tensor, Tensor]:
-    """The curve itself: rates of false alarms and of finds, from (0, 0) to (1, 1), one point per distinct score.
-
-    Arguments and errors are those of `auroc`.
-    """
-    scores, strange = _checked(scores, strange)
-    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
-    finds = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, strange.double()).flip(0).cumsum(0)
-    alarms = counts.double().flip(0).cumsum(0) - finds
-    start = torch.zeros(1, dtype=torch.float64)
-    return torch.cat([start, alarms / alarms[-1]]), torch.cat([start, finds / finds[-1]])
-
-
-def _checked(scores: Tensor, strange: Tensor) -> tuple[Tensor, Tensor]:
-    scores, strange = scores.detach().to("cpu", torch.float64), strange.cpu()
-    if scores.ndim != 1 or scores.shape != strange.shape or strange.dtype != torch.bool:
-        got = f"{tuple(scores.shape)}, {strange.dtype} {tuple(strange.shape)}"
-        raise ValueError(f"`scores` must be (N,) and `strange` bool (N,) (got {got})")
-    if scores.isnan().any():
-        raise ValueError(f"`scores` holds NaN for {int(scores.isnan().sum())} of {len(scores)} examples: look at those")
-    if not strange.any() or strange.all():
-        raise ValueError(f"`strange` marks {int(strange.sum())} of {len(strange)}: both kinds are needed")
-    return scores, strange
-
-
-def _midranks(values: Tensor) -> Tensor:
-    """Ranks from 1, equal values sharing their mean rank."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[place]
+__all__ = ["denoising_errors", "neighbour_distance", "reconstruction_error"]
 
 
 @torch.no_grad()

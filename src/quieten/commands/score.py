@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from ..data import Dataset, Order
 from ..files import write_atomic, writing
+from ..metrics.ranking import auroc, roc
+from ..metrics.result import Result
 from ..progress import Progress
-from ..scores import AUROC, auroc, denoising_errors, neighbour_distance, reconstruction_error, roc
+from ..scores import denoising_errors, neighbour_distance, reconstruction_error
 from ..source import Source, open_source
 from .variance import examples
 
@@ -70,7 +72,7 @@ def score(
     batch: int = 256,
     weights: str = "ema",
     device: str | None = None,
-) -> AUROC | None:
+) -> Result | None:
     """Scores examples, writes numbers and pictures, prints where they are; the arguments are the command's options.
 
     Returns:
@@ -96,7 +98,9 @@ def score(
     trained = _normal_training(opened, data, normal) if by in ("pca", "knn", "detector") else None
     scores, where = _measure(by, opened, tests, x0, trained, policy or (names[-1] if names else ""), levels, seed, batch)
     scored = Scored(scores, where, x0, tests.labels, strange, tests.classes)
-    area = None if strange is None else auroc(scores, strange)
+    area = None
+    if strange is not None:
+        area = auroc(scores, strange, by=BY[by], reference_name=tests.name, seeds=(seed,), weights=opened.weights)
     protocol = {
         "source": source, "weights": opened.weights, "data": data, "split": split, "by": by, "what": BY[by], "normal": normal,
         "against": against, "seed": seed, "n": len(x0),
@@ -325,7 +329,7 @@ def _folder(opened: Source, out: Path | None, name: str) -> Path:
     return out
 
 
-def _write(folder: Path, scored: Scored, area: AUROC | None, protocol: Mapping[str, Any]) -> None:
+def _write(folder: Path, scored: Scored, area: Result | None, protocol: Mapping[str, Any]) -> None:
     arrays = {"scores": scored.scores.numpy()}
     for name in ("where", "labels", "strange"):
         value = getattr(scored, name)
@@ -337,7 +341,10 @@ def _write(folder: Path, scored: Scored, area: AUROC | None, protocol: Mapping[s
     table.writerow(columns)
     rows = [[f"{v:.8g}" for v in scored.scores.tolist()], *(arrays[name].astype(int).tolist() for name in columns[2:])]
     table.writerows([i, *row] for i, row in enumerate(zip(*rows, strict=True)))
-    told = dict(protocol) | ({} if area is None else {"auroc": area.value, "error": area.error})
+    told = dict(protocol)
+    if area is not None:
+        told |= {"auroc": area.value, "error": area.uncertainty}
+        told |= {"normal": area.protocol.n_reference, "strange": area.protocol.n}
     with writing(folder):
         write_atomic(folder / "scores.npz", buffer.getvalue())
         write_atomic(folder / "scores.csv", text.getvalue().encode())
@@ -364,7 +371,7 @@ def _histogram(scored: Scored, what: str) -> bytes:
     return _png(figure)
 
 
-def _curve(scores: Tensor, strange: Tensor, area: AUROC) -> bytes:
+def _curve(scores: Tensor, strange: Tensor, area: Result) -> bytes:
     from ..plots import COLOURS, INK, figure_axes
 
     figure, axes = figure_axes("false alarms", "found")

@@ -10,12 +10,12 @@ same arguments give the same digits, and the global generators are left alone. N
 """
 
 from ..features import Extractor, Statistics
-from ..scores import auroc
 from .calibrate import calibration
 from .kernels import energy_distance, kid
 from .manifold import Manifold, prdc
 from .memory import Memorisation, memorisation
 from .moments import frechet, frechet_distance
+from .ranking import auroc
 from .result import Protocol, Result
 from .transport import sliced_wasserstein
 

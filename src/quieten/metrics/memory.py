@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..features import Extractor
-from ..scores import auroc
 from .manifold import nearest
+from .ranking import auroc
 from .result import Result, features_of, protocol, same_width
 
 __all__ = ["Memorisation", "memorisation"]
@@ -106,4 +106,5 @@ def memorisation(
         "closest": float(distance.min()),
     }
     facts = protocol(len(new), len(real), reference_name, extractor, seeds, weights, {"n_held_out": len(other)})
-    return Memorisation(Result("nearer than held out", area.value, area.error, facts, details), distance, index[:, 0], own)
+    result = Result("nearer than held out", area.value, area.uncertainty, facts, details)
+    return Memorisation(result, distance, index[:, 0], own)

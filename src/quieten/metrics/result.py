@@ -23,8 +23,8 @@ class Protocol:
         n: Number of images measured.
         reference: Name of the data they are compared with.
         n_reference: Number of reference images; None if a file of statistics does not say.
-        extractor: Name of the feature extractor.
-        extractor_hash: SHA-256 of its weights, so that two extractors of one name are told apart.
+        extractor: Name of the feature extractor, or of the score or the variance that is judged.
+        extractor_hash: SHA-256 of its weights, so that two of one name are told apart; empty where there are none.
         preprocessing: What is done to images before the extractor sees them.
         seeds: Seeds the images were drawn with.
         weights: Which weights of the model drew them, such as "ema" or "raw".
@@ -77,10 +77,16 @@ class Result:
         except (KeyError, TypeError) as error:
             raise ValueError(f"`content` is no result ({error}): pass what Result.to_dict returned") from None
 
+    @property
+    def error(self) -> float:
+        """The uncertainty as a number: NaN where it was not estimated."""
+        return math.nan if self.uncertainty is None else self.uncertainty
+
     def __str__(self) -> str:
         p = self.protocol
         versus = f"n={p.n} against {'?' if p.n_reference is None else p.n_reference} of {p.reference}"
-        return f"{self.name} {self.figure()} ({versus}, extractor {p.extractor} {p.extractor_hash[:4]}…)"
+        by = f"extractor {p.extractor} {p.extractor_hash[:4]}…" if p.extractor_hash else f"by {p.extractor}"
+        return f"{self.name} {self.figure()} ({versus}, {by})"
 
     def figure(self) -> str:
         """The value alone, rounded to two digits of its uncertainty: "3.214 ± 0.052"."""
