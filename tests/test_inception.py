@@ -132,6 +132,9 @@ def test_weights_of_others_are_refused(tmp_path: Path, files: tuple[Path, Path])
     torch.save({**state, "AuxLogits.fc.bias": state["fc.bias"]}, tmp_path / "more.pth")
     with pytest.raises(ValueError, match="`AuxLogits.fc.bias` is not part of it"):
         inception(tmp_path / "more.pth")
+    torch.save({**state, "fc.weight": state["fc.weight"][:1000]}, tmp_path / "other.pth")  # Inception-v3 of ImageNet
+    with pytest.raises(ValueError, match=r"layout of pt_inception-2015-12-05: tensor `fc.weight` has shape \(1000, 2048\)"):
+        inception(tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no dictionary of tensors"):
         inception(tmp_path / "list.pth")
