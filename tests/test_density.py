@@ -6,16 +6,19 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers import f64, gaussian_data, refuses, within
 from quieten.adaptive import RK45
 from quieten.decoders import Plain
 from quieten.density import log_likelihood
-from quieten.encoded import Encoded
+from quieten.encoded import Encoded, EncodedFlow, Moving
+from quieten.gaussian import Gaussian, spread_over
 from quieten.likelihood import elbo
 from quieten.noise import Draws, Noise
 from quieten.oracle import GaussianData, MixtureData
-from quieten.process import FLOW, VE, VP, Process
+from quieten.process import FLOW, VE, VP, Level, Process
+from quieten.sampling import trajectory
 from quieten.schedule import Linear, karras
 
 PROCESSES = pytest.mark.parametrize("process", [VP, VE, FLOW], ids=str)
@@ -118,6 +121,53 @@ def test_refusals():
         log_likelihood(data, x0, karras(1), draws=keyed(2))
     with refuses("`grid`", "rise strictly"):
         log_likelihood(data, x0, f64(2.0, 1.0, 3.0), draws=keyed(2))
-    data.process = Encoded(VP)
-    with refuses("encoder"):
-        log_likelihood(data, x0, karras(3), draws=keyed(2))
+    for process in (Encoded(VP), Encoded(VP, "none")):
+        data.process = process
+        with refuses("counterterm 'split'", str(process), "bound"):
+            log_likelihood(data, x0, karras(3), draws=keyed(2))
+
+
+class Encoding(GaussianData):
+    """What a model of data N(mean, var) under the encoder y = k x knows: E[x_t | z], and E[d x_t / d lam | z] apart."""
+
+    def __init__(self, mean: Tensor, var: Tensor, base: Process, k: float):
+        super().__init__(mean, var, base)
+        self.k, self.data_var = k, var
+        self.process = Encoded(base, "sigma2", trained=False) if k == 0 else Encoded(base, "split")
+
+    def forward(self, x: Tensor, lam: Level, **cond: object) -> Gaussian:
+        noise = torch.sigmoid(-torch.as_tensor(lam, dtype=torch.float64))
+        c = spread_over(1 + noise * (self.k - 1), x)  # x_t = c x
+        alpha, sigma = self.process.scales_over(lam, x)
+        gain = self.data_var * alpha * c / (alpha**2 * c**2 * self.data_var + sigma**2)
+        clean = self.mean + gain * (x - alpha * c * self.mean)
+        return Moving(c * clean, rate=spread_over(noise * (1 - noise) * (1 - self.k), x) * clean)
+
+
+@PROCESSES
+@pytest.mark.parametrize("k", [0.0, 2.0], ids=["contraction", "split, k = 2"])
+@pytest.mark.parametrize("solver, shape", [(None, (1, 2, 2)), (RK45(1e-8, 1e-8), (3,))], ids=["grid", "adaptive"])
+def test_encoded_gaussian_data(process: Process, k: float, solver: RK45 | None, shape: tuple[int, ...]):
+    """A linear encoder of Gaussian data, in closed form: that of c x with the noise of the cleanest level."""
+    n = math.prod(shape)
+    mean, var = f64(*torch.linspace(-0.5, 0.8, n).tolist()).reshape(shape), f64(*torch.linspace(0.1, 0.6, n).tolist())
+    data, x0 = Encoding(mean, var.reshape(shape), process, k), torch.linspace(-1, 1, 4 * n, dtype=torch.float64)
+    top, noise = 4.0, 1 / (1 + math.exp(4.0))
+    c = 1 + noise * (k - 1)
+    wanted = Gaussian(c * mean, c * c * var.reshape(shape) + math.exp(-top)).log_prob(x0.reshape(4, *shape))
+    grid = torch.linspace(-34.0, top, 2 if solver else 100, dtype=torch.float64)
+    # the Jacobian is diagonal: one probe is exact
+    found = log_likelihood(data, x0.reshape(4, *shape), grid, draws=keyed(4), solver=solver, probes=1 if solver else None)
+    within(1e-6 if solver else 5e-5, (found - wanted).abs().max(), "log-likelihood")
+
+
+def test_the_likelihood_is_that_of_the_samples_of_the_flow():
+    """Samples of EncodedFlow carry their density along: what it adds up to is what the likelihood says of them."""
+    data = Encoding(f64(0.3), f64(0.2), VP, 2.0)
+    x = torch.randn(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    grid = torch.linspace(-12.0, 6.0, 400, dtype=torch.float64)
+    end = [state.x for state in trajectory(data, x, torch.cat([grid, f64(math.inf)]), EncodedFlow())][-1]
+    (slope,) = torch.autograd.grad(end.sum(), x)
+    carried = (Gaussian(torch.zeros(1), torch.ones(1)).log_prob(x) - slope.log().sum(1)).detach()
+    found = log_likelihood(data, end.detach(), grid, draws=keyed(50))
+    within(1e-3, (found - carried).abs().max(), "density along the path")

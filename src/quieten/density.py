@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .adaptive import RK45, angle
 from .denoiser import Denoiser
+from .encoded import Encoded, angular_slope, check_flow
 from .gaussian import Gaussian, spread_over
 from .noise import Draws
 from .process import Level
@@ -42,6 +43,9 @@ def log_likelihood(
     that level, which is what a network knows. It is a density: for integers add uniform noise first (`decoders.Dequantised`),
     and log(cell) per dimension after. The states are float64 where the device has it.
 
+    Of a model with an encoder it is the density of the encoded data of that level, which `EncodedFlow` draws; the slope then
+    has their own motion besides, see `encoded.angular_slope`.
+
     Arguments:
         denoiser: Conditions bound; differentiable with respect to x. Its own errors make this the likelihood of its ODE.
         x0: Data (B, *).
@@ -53,7 +57,7 @@ def log_likelihood(
 
     Raises:
         ValueError: For a grid without two finite levels, numbers of probes below 1, or a denoiser that was trained with an
-            encoder and knows no score.
+            encoder and knows no score: its process is `Encoded`, with no `EncodedFlow`.
 
     References:
         | Score-Based Generative Modeling through SDEs (Song et al., 2021), section 4.3 and appendix D.2
@@ -67,7 +71,8 @@ def log_likelihood(
         >>> bool((found - data.log_prob(x0)).abs() < 1e-3)
         True
     """
-    denoiser.process.check_mean()
+    if isinstance(denoiser.process, Encoded):
+        check_flow(denoiser.process, "the ODE's likelihood")
     if probes is not None and probes < 1:
         raise ValueError(f"`probes` must be at least 1, or None for the exact trace (got {probes})")
     if len(draws) != len(x0):
@@ -110,7 +115,9 @@ class _Trace:
         alpha, sigma = self.denoiser.process.scales(lam)
         with torch.enable_grad():
             z = y.detach().requires_grad_()
-            f = self.denoiser.predict(z * spread_over((alpha * alpha + sigma * sigma) ** 0.5, z), lam, _angular)
+            x = z * spread_over((alpha * alpha + sigma * sigma) ** 0.5, z)
+            encoded = isinstance(self.denoiser.process, Encoded)
+            f = angular_slope(self.denoiser, x, lam) if encoded else self.denoiser.predict(x, lam, _angular)
             total = y.new_zeros(len(y))
             for i, v in enumerate(self.v):
                 (u,) = torch.autograd.grad(f, z, v, retain_graph=i + 1 < len(self.v))
@@ -161,7 +168,9 @@ class _Joint(Denoiser):
 
     def __init__(self, trace: _Trace, shape: torch.Size):
         super().__init__()
-        self.trace, self.inner_shape, self.process = trace, shape[1:], trace.denoiser.process
+        process = trace.denoiser.process
+        self.trace, self.inner_shape = trace, shape[1:]
+        self.process = process.base if isinstance(process, Encoded) else process  # whose scales are all that is asked for
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         raise NotImplementedError("the joint state has a slope, no estimate of data")

@@ -13,7 +13,7 @@ from .gaussian import POINT, Gaussian, spread_over
 from .process import VP, Level, Process
 from .transition import Step, Transition
 
-__all__ = ["COUNTERTERMS", "Encoded", "EncodedFlow", "Moving", "Separated"]
+__all__ = ["COUNTERTERMS", "Encoded", "EncodedFlow", "Moving", "Separated", "angular_slope", "check_flow"]
 
 COUNTERTERMS = ("sigma2", "none", "split")
 """What stands for d x_t / d lam in the reverse process: sigma^2 x_hat (as released), nothing, or a prediction of its own."""
@@ -181,10 +181,7 @@ class EncodedFlow(Transition):
     """
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
-        process = denoiser.process
-        if not isinstance(process, Encoded) or not process.knows_score:
-            raise ValueError(f"EncodedFlow needs a denoiser with the counterterm 'split', or an encoder that was not trained "
-                             f"(got the process {process}): sample it with Ancestral()")  # fmt: skip
+        process = check_flow(denoiser.process, "EncodedFlow")
         process.check_start(lam_t, lam_s)
         if lam_s == math.inf:
             return Step(process.bridge(x_t, x_t, lam_t, lam_s))  # rescales the state, whatever the network says
@@ -195,6 +192,31 @@ class EncodedFlow(Transition):
         alpha, span, h = (spread_over(value, x_t) for value in (alpha_s, span, h))
         _, eps_s, rate_s = _flow(denoiser, process, alpha * (y + span * eps + h * rate), lam_s)
         return Step(Gaussian(alpha * (y + 0.5 * span * (eps + eps_s) + 0.5 * h * (rate + rate_s))), x0)
+
+
+def check_flow(process: Process, what: str) -> Encoded:
+    """The process, whose ODE is known; raises ValueError, for `what` needs it, where it is not."""
+    if not isinstance(process, Encoded) or not process.knows_score:
+        raise ValueError(f"{what} needs a denoiser with the counterterm 'split', or an encoder that was not trained "
+                         f"(got the process {process}): sample it with Ancestral(), measure its bound")  # fmt: skip
+    return process
+
+
+def angular_slope(denoiser: Denoiser, z: Tensor, lam: Level) -> Tensor:
+    r"""dy/dphi of the ODE of `EncodedFlow`, (B, *), finite from pure noise on.
+
+    With y = z / sqrt(alpha^2 + sigma^2) and phi = atan(sigma / alpha) it is
+    :math:`\cos\phi\, \hat\epsilon - \sin\phi\, \hat x - (2 / \sin\phi)\, E[\dot x_t \mid z]`.
+
+    Raises:
+        ValueError: As `EncodedFlow`.
+    """
+    process = check_flow(denoiser.process, "an ODE")
+    x0, eps, rate = _flow(denoiser, process, z, lam)
+    alpha, sigma = process.scales_over(lam, z)
+    norm = (alpha * alpha + sigma * sigma) ** 0.5
+    slope: Tensor = (alpha * eps - sigma * x0.mean) / norm - (2.0 * norm / sigma) * rate
+    return slope
 
 
 def _flow(denoiser: Denoiser, process: Encoded, z: Tensor, lam: Level) -> tuple[Gaussian, Tensor, Tensor]:

@@ -124,7 +124,8 @@ class Kernels(NamedTuple):
 
 def _kernels(source: Source, name: str | None, clip: bool | None) -> Kernels:
     how = source.clip if clip is None else (source.clip or 1.0) if clip else None
-    learned = bool(getattr(source.denoiser, "learned_range", False))
+    # with an encoder a network's second half is the rate of the encoded data, and no variance
+    learned = bool(getattr(source.denoiser, "learned_range", False)) and source.encoder is None
     fitted = variance_names(source.variances)
     best = "ocm" if "ocm" in fitted else fitted[0] if fitted else "range" if learned else None
     if name is None:
