@@ -180,6 +180,9 @@ def tune_to_reward(
 ) -> list[dict[str, float]]:
     """Repeats `RewardTuning.iterate`, learning rates constant at first and then falling to 2 %; returns what it told.
 
+    The few lines that a script wants: no data, no folder, no measurements. `tune_policy(..., reward=...)`, the command line's,
+    has them, keeps the best policy and goes on where it was interrupted.
+
     Arguments:
         tuning: Tuned in place.
         iterations: How many.

@@ -72,7 +72,7 @@ class Tuning(Session):
         line = self.plan.batch * self.plan.log_every
         self.head_start = math.ceil(start.head_start / line) * line  # a line of metrics is of one kind of iteration
         self.checks: list[Check] = []
-        self.std_start = policy.rhos.tolist()
+        self.std_start, self.data_spread = policy.rhos.tolist(), spread(yardstick.real)
         self.began = self.draw() if self.is_main else torch.zeros(0)
         self.first = self.measure(self.began).value if self.is_main else math.nan
         self.resume()
@@ -196,7 +196,7 @@ class Tuning(Session):
         row: Row = {
             "step": self.step, "images": self.images, "distance": result.value, "error": result.uncertainty,
             "n": self.yardstick.n, "floor": self.yardstick.floor.value, "drift": drift(x, self.began),
-            "spread": spread(x).__dict__, "data_spread": spread(self.yardstick.real).__dict__, "details": result.details,
+            "spread": spread(x).__dict__, "data_spread": self.data_spread.__dict__, "details": result.details,
             "seconds": self.seconds,
         }  # fmt: skip
         known = [r["distance"] for r in self.measured]
