@@ -3,7 +3,7 @@
 # PYTHON=python3.12    another interpreter for the environment
 # VENV=DIR             another folder for it
 # DEMO_FLAGS, PYTEST_FLAGS, BENCH    passed on, e.g. make test PYTEST_FLAGS="-m 'not slow' -n 2", make bench BENCH=loop
-# QUICK=1              make bench in minutes, with rough figures
+# QUICK=1, SLOW=1, RESUME=1    make bench with rough figures, in minutes; with those that take long; on after a stop
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -66,7 +66,7 @@ wheel: $(STAMP) ## build the wheel, and run what it installs
 	@echo "the wheel imports, and its command draws what comes along"
 
 bench: $(STAMP) $(PEERS)/.installed ## run the benchmarks, or those named in BENCH: runs/bench/table.md
-	$(BIN)/python benchmarks/run.py $(BENCH) --peers $(PEERS) $(if $(QUICK),--quick)
+	$(BIN)/python benchmarks/run.py $(BENCH) --peers $(PEERS) $(if $(QUICK),--quick) $(if $(SLOW),--slow) $(if $(RESUME),--resume)
 
 # Apart from the environment and without what they depend on, so that it stays as it is. Those that cannot be had are left out.
 $(PEERS)/.installed: benchmarks/peers.txt | $(STAMP)
