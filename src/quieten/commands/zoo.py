@@ -40,10 +40,11 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     for path in bundle.classifiers:
         yield f"  {'classifier':11s} {path.stem}: {_accuracy(path)}"
     yield f"  {'statistics':11s} {bundle.statistics.name if bundle.statistics else 'none'}"
-    for row in bundle.quality.get("samples", ()):
+    for row in (*bundle.quality.get("samples", ()), *bundle.quality.get("policies", ())):
         corrected = row["result"]["details"]["corrected"]
         told = f"{row['frechet']}, corrected for bias {corrected:.2g}"
-        yield f"  {'quality':11s} {row['sampler']} in {row['steps']} steps: {told}"
+        name = row["sampler"] if "sampler" in row else f"--policy {row['policy']}"
+        yield f"  {'quality':11s} {name} in {row['steps']} steps: {told}"
     if "floor" in bundle.quality:
         yield f"  {'':11s} (Frechet distance to the training data; that of held-out data: {bundle.quality['floor']})"
 
