@@ -41,7 +41,7 @@ ROWS = "ddpm:4,ddpm:10,ddpm:100,ddim:4,ddim:10,dpm++:4,dpm++:10,start:4,start:10
 def drawn(source: Source, row: str, n: int, seed: int) -> tuple[Tensor, int, float]:
     """Samples of a sampler "name:steps", of a policy before tuning "start:steps", or of a policy; evaluations, seconds."""
     name, _, steps = row.partition(":")
-    label = {"label": torch.arange(n) % len(source.classes)}
+    label = {"label": torch.arange(n) % len(source.classes)} if source.classes else None
     common: dict[str, Any] = {"cond": label, "batch": 250, "seed": seed}
     begun = time.process_time()
     if steps and name != "start":

@@ -2,8 +2,8 @@
 
 python benchmarks/zoo.py [--names emoji,digits] [--n 2000] [--steps 5,10] [--write]
 
-Each model draws n samples, of all classes in turn, with the sampler and the bound on x0 that `quieten sample` would take; they
-are compared with the statistics of the training data by the classifier of the zoo.
+Each model draws n samples, of all classes in turn, with the sampler and the bound on x0 that `quieten sample` would take, and
+by each of its policies; they are compared with the statistics of the training data by the classifier of the zoo.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from quieten.data import load
 from quieten.features import Extractor, Statistics
 from quieten.files import write_atomic
 from quieten.metrics import Result, frechet
+from quieten.policies import load_policy, policy_names
 from quieten.samplers import sampler
 from quieten.sampling import generate
 from quieten.source import Source, open_source
+from quieten.tune_loop import draw
 from quieten.wrap import Clipped
 
 BATCH = 250
@@ -53,7 +55,14 @@ def measured(name: str, n: int, steps: list[int], seed: int) -> dict[str, object
         result = against(drawn(opened, n, count, kind, seed), seeds=(seed,), weights="exported")
         rows.append({"sampler": kind, "steps": count, "frechet": result.figure(), "result": result.to_dict()})
         print(f"{name}: {kind} in {count} steps, n = {n}: {result.figure()}", flush=True)
-    return {"samples": rows, "floor": least}
+    tuned = []
+    for called in policy_names(opened.policies[-1:]):
+        policy = load_policy(opened.policies[-1:], called, opened.denoiser)
+        x = draw(policy, n, len(opened.classes), seed).clamp(-1.0, 1.0)  # as pictures are written
+        result = against(x, seeds=(seed,), weights="tuned")
+        tuned.append({"policy": called, "steps": policy.T, "frechet": result.figure(), "result": result.to_dict()})
+        print(f"{name}: policy {called} in {policy.T} steps, n = {n}: {result.figure()}", flush=True)
+    return {"samples": rows, "policies": tuned, "floor": least}
 
 
 def main(names: list[str], n: int, steps: list[int], seed: int, write: bool) -> None:
