@@ -71,7 +71,7 @@ SUITE: dict[str, Plan] = {
     "stf": Plan("stable targets, against the direct form"),
     "diffenc": Plan("the encoder's bound and decoder, against separate calls"),
     "ocm": Plan("learning and using a reverse covariance, against the released form"),
-    "ocm_grid": Plan("least-cost grids, against all rows and all images"),
+    "ocm_grid": Plan("least-cost grids, against all rows and all images", found=r"^ steps|^ +\d+ |^histogram|^bars"),
     "splitting": Plan("split steps, against the released formulation"),
     "adaptive": Plan("evaluations of the adaptive ODE, against scipy's RK45", quick=("--n", "4")),
     "dxmi": Plan("tuning a policy, against the form it replaces"),
