@@ -33,10 +33,11 @@ from quieten.guides import Classified
 from quieten.metrics import frechet_distance
 from quieten.nets import Classifier
 from quieten.plots import pareto, save_grid
-from quieten.runs import load_with_recipe, packed
+from quieten.runs import load_with_recipe
 from quieten.samplers import sampler
 from quieten.sampling import generate
 from quieten.splits import SPLITS, split
+from quieten.weights import packed
 from quieten.wrap import Clipped, Counted
 
 NAME = "fashion-mnist"

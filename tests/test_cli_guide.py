@@ -24,8 +24,9 @@ from quieten.classify import NoisyClassifier
 from quieten.cli import main
 from quieten.nets import Classifier
 from quieten.process import PROCESSES, VP
-from quieten.runs import Checkpoint, build_update, packed, read_tensors
+from quieten.runs import Checkpoint, build_update
 from quieten.splits import SPLITS
+from quieten.weights import packed, read_tensors
 from toy import toy_run
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(quieten.__file__).parents[1]), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}

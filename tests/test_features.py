@@ -18,7 +18,7 @@ from conftest import Type
 from quieten.data import load
 from quieten.features import Extractor, Statistics, gather_rows, statistics_of
 from quieten.metrics import Result, energy_distance, frechet, kid, memorisation, prdc, sliced_wasserstein
-from quieten.runs import read_tensors
+from quieten.weights import read_tensors
 
 SHORT = ("--images", 640, "--batch", 32, "--width", 8, "--device", "cpu")
 

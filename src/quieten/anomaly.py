@@ -24,12 +24,13 @@ from torch import Tensor
 
 from .data import Order
 from .denoiser import edm
-from .energies import AutoencoderEnergy, PerceptronValue, autoencoder
+from .energies import PerceptronValue
 from .imitation import MaxEntIRL
 from .nets import MLP
 from .noise import Draws
 from .policy import Policy
 from .process import VE
+from .reconstruction import AutoencoderEnergy, autoencoder
 from .schedule import karras
 from .tuning import Settings
 

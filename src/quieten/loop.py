@@ -19,9 +19,10 @@ from .files import write_atomic, writing
 from .noise import Draws, Noise
 from .objective import Batch, Objective
 from .progress import Progress
-from .runs import Checkpoint, Run, packed, restore
+from .runs import Checkpoint, Run
 from .schema import Train
 from .watch import Tally, signals
+from .weights import packed, restore
 
 __all__ = ["Row", "Session", "Summary", "accelerator", "autocast_of", "learning_rate"]
 

@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .bundled import bundled
@@ -24,6 +21,7 @@ from .config import Recipe, build_denoiser, build_encoder, build_objective, buil
 from .denoiser import Preconditioned
 from .files import sync_folder, write_atomic, writing
 from .objective import Update
+from .weights import brief, packed, read_tensors, restore
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -38,8 +36,6 @@ __all__ = [
     "load",
     "load_companions",
     "load_with_recipe",
-    "packed",
-    "restore",
 ]
 
 WEIGHTS = ("model", "ema")
@@ -194,7 +190,7 @@ class Run:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever the damaged bytes lead to
-            raise ValueError(f"{file} is damaged ({_brief(error)}): {remedy}") from None
+            raise ValueError(f"{file} is damaged ({brief(error)}): {remedy}") from None
         return Checkpoint(state["step"], model, ema, state["optimizer"], state["seconds"])
 
     def save(self, checkpoint: Checkpoint) -> Path:
@@ -327,43 +323,6 @@ def build_update(recipe: Recipe, data: Any = None) -> Update:
     return _fresh(lambda: Update(build_denoiser(recipe), build_objective(recipe, data)), recipe.train.seed)
 
 
-def restore(module: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Loads tensors into a module.
-
-    Raises:
-        ValueError: Naming the first tensor that is missing, left over or of another shape.
-    """
-    own, where = module.state_dict(), f"{file} does not fit the architecture in config.yaml"
-    remedy = "use the config it was trained with, or train a new run"
-    for name, tensor in own.items():
-        if name not in tensors:
-            raise ValueError(f"{where}: tensor `{name}` is missing; {remedy}")
-        if tensors[name].shape != tensor.shape:
-            shapes = f"{tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-            raise ValueError(f"{where}: tensor `{name}` has shape {shapes}; {remedy}")
-    for name in tensors:
-        if name not in own:
-            raise ValueError(f"{where}: tensor `{name}` is not part of it; {remedy}")
-    module.load_state_dict(dict(tensors))
-
-
-def read_tensors(
-    file: Path, remedy: str = "restore it from a copy, or train again"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ValueError: If it is missing or damaged.
-    """
-    try:
-        content = file.read_bytes()
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        return from_bytes(content), metadata
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is missing, truncated or damaged ({_brief(error)}): {remedy}") from None
-
-
 # ---- inside
 
 
@@ -413,11 +372,6 @@ def _fresh(make: Any, seed: int = 0) -> Any:
         return make()
 
 
-def packed(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file."""
-    return to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-
-
 def _pickled(checkpoint: Checkpoint) -> bytes:
     buffer = io.BytesIO()
     content = {"step": checkpoint.step, "seconds": checkpoint.seconds, "optimizer": checkpoint.optimizer}
@@ -445,7 +399,3 @@ def _beside(path: Path) -> str:
     near = difflib.get_close_matches(path.name, [run.name for run in runs], n=1)
     hint = f"did you mean {path.parent / near[0]}? " if near else ""
     return f" ({hint}runs in {path.parent}: {', '.join(run.name for run in runs)})"
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

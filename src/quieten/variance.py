@@ -126,7 +126,7 @@ def save_variance(folder: str | Path, name: str, source: VarianceSource, facts: 
 
 
 def _written(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    from .runs import packed
+    from .weights import packed
 
     name, text = facts["name"], json.dumps(facts, indent=1) + "\n"
     with writing(folder):
@@ -144,7 +144,7 @@ def carry_variances(folder: Path, target: Path, before: Denoiser, after: Denoise
         before: What they were fitted to.
         after: The same network with rounded weights: what they are for from now on; how it was before is kept in their facts.
     """
-    from .runs import read_tensors
+    from .weights import read_tensors
 
     written = []
     for name in variance_names([folder]):
@@ -175,7 +175,7 @@ def load_variance(
     Raises:
         ValueError: If there is none of that name, it is damaged, or it was fitted to other weights.
     """
-    from .runs import read_tensors, restore
+    from .weights import read_tensors, restore
 
     if name in UNTRAINED:
         return untrained(name, cap)

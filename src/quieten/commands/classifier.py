@@ -13,8 +13,8 @@ from ..data import Dataset
 from ..files import write_atomic, writing
 from ..nets import Classifier
 from ..process import PROCESSES
-from ..runs import packed
 from ..source import device_of
+from ..weights import packed
 from .teach import finish, splits, taught, weights_file
 
 __all__ = ["train_classifier"]

@@ -14,8 +14,8 @@ from ..features import Extractor, statistics_of
 from ..files import write_atomic, writing
 from ..nets import Classifier
 from ..progress import Progress
-from ..runs import packed
 from ..source import device_of
+from ..weights import packed
 from .teach import finish, splits, taught, weights_file
 
 __all__ = ["stats", "train"]

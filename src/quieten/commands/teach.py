@@ -14,8 +14,8 @@ from ..classify import lessons
 from ..data import Dataset, load
 from ..files import write_atomic, writing
 from ..progress import Progress
-from ..runs import packed, read_tensors, restore
 from ..watch import signals
+from ..weights import packed, read_tensors, restore
 
 __all__ = ["finish", "splits", "taught", "weights_file"]
 
