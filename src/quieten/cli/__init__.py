@@ -8,6 +8,8 @@ from typing import NoReturn
 
 import typer
 
+from ..allocator import keep_freed_memory
+
 # each module adds its commands to the application
 from . import basic, classifier, compare, diagnose, features, nll, score, tune, variance  # noqa: F401
 from .app import app
@@ -21,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     With the environment variable QUIETEN_DEBUG set, the whole traceback is shown instead.
     """
     _share_processors()
+    keep_freed_memory()
     try:
         app(arguments, prog_name="quieten")
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
