@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -63,6 +64,7 @@ class Plan:
 TRAINING = ("--only", "loop", "speed")
 SUITE: dict[str, Plan] = {
     "loop": Plan("a step beyond the network, against diffusers' loops", quick=("--rounds", "2")),
+    "allocator": Plan("sampling that keeps freed memory, against glibc's own ways", quick=("--rounds", "1", "--n", "20")),
     "peers": Plan("steps and results beside five libraries", quick=("--quick",)),
     "metrics": Plan("Frechet distances against scipy's matrix root, stated errors against the spread", quick=("--draws", "20")),
     "compare": Plan("what `quieten compare` spends beside its networks", quick=("--quick",)),
@@ -113,6 +115,7 @@ class Found:
         lines: Of its output, those that matter.
         verdict: "met", "missed", "no bar", "failed" or "not finished".
         seconds: It took, by the clock on the wall.
+        cpu: It took of processors, with those it started.
         load: Processes that ran or waited while it did, mean over the last minute of it; the benchmark is one of them.
     """
 
@@ -121,6 +124,7 @@ class Found:
     lines: list[str]
     verdict: str
     seconds: float
+    cpu: float
     load: float
 
 
@@ -129,7 +133,7 @@ def run(name: str, plan: Plan, quick: bool, threads: int, minutes: float, out: P
     words = [sys.executable, str(HERE / f"{plan.file or name}.py"), *(plan.quick if quick else plan.given)]
     words += ["--check", "--threads", str(threads)] if plan.bars else []
     words += ["--peers", str(peers), "--json", str(out / "peers.json")] if name == "peers" else []
-    start, path = time.perf_counter(), out / f"{name}.txt"
+    start, before, path = time.perf_counter(), _spent(), out / f"{name}.txt"
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with path.open("w") as output, tempfile.TemporaryFile("w+") as errors:
         # a session of its own: what it started ends with it, and Ctrl-C reaches it through us
@@ -150,7 +154,13 @@ def run(name: str, plan: Plan, quick: bool, threads: int, minutes: float, out: P
     lines = [" ".join(line.split()) for line in text.splitlines() if re.search(plan.found, line)]
     if failed or not lines:
         lines.append(text.strip().splitlines()[-1] if text.strip() else "no output")
-    return Found(name, plan.about, lines, verdict, time.perf_counter() - start, os.getloadavg()[0])
+    return Found(name, plan.about, lines, verdict, time.perf_counter() - start, _spent() - before, os.getloadavg()[0])
+
+
+def _spent() -> float:
+    """Seconds of processors that processes took which this one started, and which have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _stop(process: subprocess.Popen[bytes]) -> bool:
@@ -181,11 +191,14 @@ def table(content: dict[str, object], found: Sequence[Found]) -> str:
     """Everything as markdown."""
     quick = ", a quick look: figures are rough" if content["quick"] else ""
     lines = [f"{content['machine']}{quick}", "", f"{content['date']}, load {content['load']:.1f} before the first.", ""]
-    lines += ["| benchmark | what it measures | what it found | bars | minutes | load |", "|---|---|---|---|---|---|"]
+    lines += ["| benchmark | what it measures | what it found | bars | minutes | of processors | load |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for one in found:
         said = "<br>".join(line.replace("|", "\\|") for line in one.lines)
         bars = one.verdict if one.verdict in ("met", "no bar") else f"**{one.verdict}**"
-        lines.append(f"| {one.name} | {one.about} | {said} | {bars} | {one.seconds / 60:.1f} | {one.load:.1f} |")
+        lines.append(
+            f"| {one.name} | {one.about} | {said} | {bars} | {one.seconds / 60:.1f} | {one.cpu / 60:.1f} | {one.load:.1f} |"
+        )
     run_by_now = {one.name for one in found}
     left = [f"\n{name}: not run, it {plan.slow} (--slow)." for name, plan in SLOW.items() if name not in run_by_now]
     return "\n".join([*lines, *left]) + "\n"

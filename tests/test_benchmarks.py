@@ -89,6 +89,7 @@ def test_what_does_not_end_is_stopped_with_those_it_started(folder: Path) -> Non
     found = suite.run("slow", suite.Plan("waits"), False, 1, 2 / 60, folder, folder)
     assert found.verdict == "not finished"
     assert 2 < found.seconds < 20
+    assert 0 < found.cpu < 2
     time.sleep(0.1)
     assert not alive(int(found.lines[0].split()[1]))
 
