@@ -135,6 +135,24 @@ def test_starts_at_the_reference_and_leaves_it_alone() -> None:
     assert all(p.requires_grad for p in tuning.value.parameters())
 
 
+@pytest.mark.parametrize("terminal, resample, asked", [(True, False, 1), (True, True, 1), (False, False, 1), (False, True, 2)])
+def test_the_reward_is_asked_once_in_an_iteration_of_the_value(terminal: bool, resample: bool, asked: int) -> None:
+    """A reward may be people, or a large network: again only for states that are drawn anew."""
+    calls: list[Tensor] = []
+
+    def reward(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.sum(1)
+
+    settings = reward_settings(value_resample=resample, repeat_value_update=1)
+    tuning = RewardTuning(built(), reward, Quadratic(terminal), differentiable=not terminal, settings=settings)
+    x0, draws = torch.zeros(6, 2, dtype=torch.float64), Draws(0, 0, range(6))
+    roll, told = tuning.critic(x0, {}, draws)
+    assert len(calls) == asked
+    assert torch.equal(calls[0], roll.final)
+    within(1e-12, (told["reward"] - roll.final.sum(1).mean()).abs(), "mean reward")
+
+
 def test_value_may_learn_before_the_policy(one_thread: None) -> None:
     policy = built().float()
     before = [p.clone() for p in policy.parameters()]

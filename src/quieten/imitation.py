@@ -161,8 +161,11 @@ class MaxEntIRL(nn.Module):
             average([moved])
         if self.settings.avr is not None:
             self.auxiliary.adapt(moved, self.settings.avr)
-        told = self._energy_step(x0, roll, average)
-        told.update(self._value_steps(roll, draws, average, turn))
+        known = self._known_energy(roll, average)
+        told = (
+            self._energy_step(x0, roll, average) if known is None else {"e_policy": mean(known), "energy_range": largest(known)}
+        )
+        told.update(self._value_steps(roll, draws, average, turn, known))
         told["s2"], told["rho"] = self.auxiliary.s2.clone(), self.policy.rhos.clone()
         told["spread"], told["spread_data"] = spread(roll.final), spread(x0)
         return told
@@ -206,13 +209,18 @@ class MaxEntIRL(nn.Module):
         """The initial states of the trajectories, as many as there are data."""
         return self.policy.prior(keyed(draws, f"rollout {turn}")(INITIAL, x0))
 
+    @torch.no_grad()
+    def _known_energy(self, roll: Rollout, average: Average | None) -> Tensor | None:
+        """E(x_T) (B,) of an energy that nobody trains, asked once: it may be dear; None of one that is about to learn."""
+        if not self.fixed or self.energy is None:
+            return None
+        with evaluating(self.energy):
+            e = self.energy_of(roll.final, **roll.cond)
+        self._look(e, "the energy of the samples", average)
+        return e
+
     def _energy_step(self, x0: Tensor, roll: Rollout, average: Average | None) -> dict[str, Tensor]:
         """The energy sees data and samples in one pass, and takes a step on `contrast`."""
-        if self.fixed:
-            with torch.no_grad():
-                e = self.energy_of(roll.final, **roll.cond)
-            self._look(e, "the energy of the samples", average)
-            return {"e_policy": mean(e), "energy_range": largest(e)}
         s, (name, net) = self.settings, ("value", self.value) if self.energy is None else ("energy", self.energy)
         net.train()
         e = self.energy_of(torch.cat([x0, roll.final.to(x0)]), **{key: torch.cat([c, c]) for key, c in roll.cond.items()})
@@ -224,7 +232,9 @@ class MaxEntIRL(nn.Module):
         told = {"energy_loss": loss, "e_data": data, "e_policy": drawn, "gap": data - drawn, "energy_range": largest(e)}
         return {**told, "le_cam": -2.0 * s.gamma * loss} if s.gamma else told
 
-    def _value_steps(self, roll: Rollout, draws: Draws, average: Average | None, turn: int) -> dict[str, Tensor]:
+    def _value_steps(
+        self, roll: Rollout, draws: Draws, average: Average | None, turn: int, known: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Sweeps over the steps, last first: V(x_k, k) towards what the next value and this step's costs add up to."""
         T, s = self.policy.T, self.settings
         last = T if self.fits_terminal else T - 1
@@ -235,7 +245,7 @@ class MaxEntIRL(nn.Module):
             if s.value_update_order == "random":
                 ks = [ks[i] for i in shared_uniforms(draws, f"order {turn} {sweep}", len(ks)).argsort().tolist()]
             for k in ks:
-                facts = self._value_step(roll, k, keyed(draws, f"value {turn} {sweep}"), average)
+                facts = self._value_step(roll, k, keyed(draws, f"value {turn} {sweep}"), average, known)
                 if k < T:
                     for name, fact in facts.items():
                         told[name][k] = fact
@@ -243,9 +253,11 @@ class MaxEntIRL(nn.Module):
         told["running_cost"] = torch.stack([mean(self.auxiliary.of(roll, k)) / dims for k in range(T)])
         return told
 
-    def _value_step(self, roll: Rollout, k: int, noise: Any, average: Average | None) -> dict[str, Tensor]:
+    def _value_step(
+        self, roll: Rollout, k: int, noise: Any, average: Average | None, known: Tensor | None = None
+    ) -> dict[str, Tensor]:
         x = roll.states[k]
-        target = self._target_of(roll, k, noise)
+        target = self._target_of(roll, k, noise, known)
         self._look(target, f"the target of the value at step {k}", average)
         self.value.train()
         v = column(self.value(x, k, **roll.cond), x, "value")
@@ -254,17 +266,23 @@ class MaxEntIRL(nn.Module):
         return {"value": mean(v.detach()), "value_loss": loss.detach(), "explained": explained(target, v)}
 
     @torch.no_grad()
-    def _target_of(self, roll: Rollout, k: int, noise: Any) -> Tensor:
-        """sg[V(x_{k+1}, k + 1)] + R(k) + costs of step k: (B,), of parameters that this very sweep has updated."""
+    def _target_of(self, roll: Rollout, k: int, noise: Any, known: Tensor | None = None) -> Tensor:
+        """sg[V(x_{k+1}, k + 1)] + R(k) + costs of step k: (B,), of parameters that this very sweep has updated.
+
+        `known` is E(x_T), where it is.
+        """
         s, T = self.settings, self.policy.T
         if k == T:
-            return self.energy_of(roll.final, **roll.cond)
+            return self.energy_of(roll.final, **roll.cond) if known is None else known
         x, x_next = roll.states[k], roll.states[k + 1]
         resampled, counted = s.value_resample, self._costs_at(k)
         p = self._kernel(x, k, roll.cond) if resampled or (counted and self._needs_kernel) else Gaussian(x)
         if resampled:
             x_next = p.sample(noise(k, x))
-        g = self._next_value(x_next, k + 1, roll.cond, as_target=True) + self.time_costs[k]
+        if k == T - 1 and known is not None and not resampled and not self.fits_terminal:
+            g = known + self.time_costs[k]
+        else:
+            g = self._next_value(x_next, k + 1, roll.cond, as_target=True) + self.time_costs[k]
         if not counted:
             return g
         tau1, tau2 = s.tau1_at(self.iterations), s.tau2_at(self.iterations)

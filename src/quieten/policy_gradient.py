@@ -77,10 +77,12 @@ class PolicyGradient(MaxEntIRL):
         finally:
             self._known = ([], [])
 
-    def _value_steps(self, roll: Rollout, draws: Draws, average: Average | None, turn: int) -> dict[str, Tensor]:
+    def _value_steps(
+        self, roll: Rollout, draws: Draws, average: Average | None, turn: int, known: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One step on T MSE(V(x_k, k), E(x_T)), all states at once: the graphs of one k at a time are kept."""
         T, told = self.policy.T, {name: roll.moves.new_zeros(self.policy.T) for name in ("value", "value_loss", "explained")}
-        target = self._finals(roll)
+        target = self._finals(roll) if known is None else known
         self._look(target, "the energy of the samples", average)
 
         def losses() -> Any:
