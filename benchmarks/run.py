@@ -5,7 +5,7 @@
 Each runs as a process of its own with --check, one after the other; names are mostly those of files. Into --out go table.md,
 table.json and the whole output of each, NAME.txt. --quick shows in minutes that all of them work: fewer rounds, so figures are
 rough. Those that train or draw for long run with --slow, or when named. Ctrl-C ends the one that runs; --resume keeps what an
-earlier run on this machine and commit found, and runs the rest, or those named anew. The exit status is 1 if a bar is missed or
+earlier run on this machine found, and runs the rest, or those named anew. The exit status is 1 if a bar is missed or
 a benchmark fails, 130 after Ctrl-C. `make bench` also installs what peers.py compares with.
 """
 
@@ -117,6 +117,7 @@ class Found:
         seconds: It took, by the clock on the wall.
         cpu: It took of processors, with those it started.
         load: Processes that ran or waited while it did, mean over the last minute of it; the benchmark is one of them.
+        commit: Of this repository; "-dirty" where files differ from it.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Found:
     seconds: float
     cpu: float
     load: float
+    commit: str
 
 
 def run(name: str, plan: Plan, quick: bool, threads: int, minutes: float, out: Path, peers: Path) -> Found:
@@ -154,7 +156,9 @@ def run(name: str, plan: Plan, quick: bool, threads: int, minutes: float, out: P
     lines = [" ".join(line.split()) for line in text.splitlines() if re.search(plan.found, line)]
     if failed or not lines:
         lines.append(text.strip().splitlines()[-1] if text.strip() else "no output")
-    return Found(name, plan.about, lines, verdict, time.perf_counter() - start, _spent() - before, os.getloadavg()[0])
+    return Found(
+        name, plan.about, lines, verdict, time.perf_counter() - start, _spent() - before, os.getloadavg()[0], _commit()
+    )
 
 
 def _spent() -> float:
@@ -179,26 +183,22 @@ def _stop(process: subprocess.Popen[bytes]) -> bool:
 # ---- what is written
 
 
-def machine(threads: int) -> str:
-    """One line: processor and versions, the library's own and its commit."""
-    torch.set_num_threads(threads)
+def _commit() -> str:
     found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
-    commit = f" ({found.stdout.strip()})" if found.returncode == 0 else ""
-    return f"{header('diffusers', 'scipy')}, quieten {__version__}{commit}"
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 def table(content: dict[str, object], found: Sequence[Found]) -> str:
     """Everything as markdown."""
     quick = ", a quick look: figures are rough" if content["quick"] else ""
     lines = [f"{content['machine']}{quick}", "", f"{content['date']}, load {content['load']:.1f} before the first.", ""]
-    lines += ["| benchmark | what it measures | what it found | bars | minutes | of processors | load |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["| benchmark | what it measures | what it found | bars | minutes | of processors | load | commit |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for one in found:
         said = "<br>".join(line.replace("|", "\\|") for line in one.lines)
         bars = one.verdict if one.verdict in ("met", "no bar") else f"**{one.verdict}**"
-        lines.append(
-            f"| {one.name} | {one.about} | {said} | {bars} | {one.seconds / 60:.1f} | {one.cpu / 60:.1f} | {one.load:.1f} |"
-        )
+        times = f"{one.seconds / 60:.1f} | {one.cpu / 60:.1f} | {one.load:.1f} | {one.commit}"
+        lines.append(f"| {one.name} | {one.about} | {said} | {bars} | {times} |")
     run_by_now = {one.name for one in found}
     left = [f"\n{name}: not run, it {plan.slow} (--slow)." for name, plan in SLOW.items() if name not in run_by_now]
     return "\n".join([*lines, *left]) + "\n"
@@ -266,7 +266,9 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the benchmark that runs ends too
     date, load = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), os.getloadavg()[0]
-    facts = {"machine": machine(args.threads), "quick": args.quick, "threads": args.threads, "date": date, "load": load}
+    torch.set_num_threads(args.threads)
+    title = f"{header('diffusers', 'scipy')}, quieten {__version__}"
+    facts = {"machine": title, "quick": args.quick, "threads": args.threads, "date": date, "load": load}
     found: list[Found] = []
     try:
         facts, found = earlier(args.out, facts) if args.resume else (facts, found)

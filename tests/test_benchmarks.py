@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import quieten
 from helpers import refuses
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -40,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(suite, "SUITE", {name: plan for name, plan in plans.items() if name != "slow"})
     monkeypatch.setattr(suite, "SLOW", {"slow": suite.Plan("waits", slow="waits for a minute")})
     monkeypatch.setattr(suite, "PLANS", plans)
-    monkeypatch.setattr(suite, "machine", lambda threads: f"a machine, {threads} threads")
+    monkeypatch.setattr(suite, "header", lambda *packages: "a machine")
     return tmp_path
 
 
@@ -117,7 +118,7 @@ def test_a_stop_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert verdicts(out)["broken"] == "met"
     assert started(monkeypatch, out, "--resume", "--quick") == 2
     with refuses("`quick`", "--resume"):
-        suite.earlier(out, {"machine": "a machine, 1 threads", "quick": True, "threads": 1})
+        suite.earlier(out, {"machine": f"a machine, quieten {quieten.__version__}", "quick": True, "threads": 1})
 
 
 def test_ctrl_c_ends_what_runs(tmp_path: Path) -> None:
