@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .critics import column, contrast, explained, follow, follower, frozen, largest, mean, spread
 from .denoiser import evaluating
+from .descent import Average, Descent
 from .gaussian import Gaussian
 from .noise import INITIAL, Draws
 from .pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded
@@ -29,13 +30,10 @@ from .running_cost import Auxiliary, time_costs
 from .tuning import Settings, check_parts, optimizers
 from .value_guide import kicked
 
-__all__ = ["Average", "MaxEntIRL", "Settings"]
-
-Average = Callable[[list[Tensor]], None]
-"""Averages tensors in place over all processes."""
+__all__ = ["MaxEntIRL", "Settings"]
 
 
-class MaxEntIRL(nn.Module):
+class MaxEntIRL(Descent):
     r"""Policy, value and energy, and one iteration of their training at a time.
 
     Values and energies are modules called as value(x, k, **cond) -> (B,) or (B, 1), with x (B, *), k an int or int64 (B,)
@@ -75,7 +73,7 @@ class MaxEntIRL(nn.Module):
     ):
         super().__init__()
         self.policy, self.value, self.energy, self.settings = policy, value, energy, settings
-        self.reference, self.iterations = reference, 0
+        self.reference = reference
         self.fixed = energy is not None and not any(p.requires_grad for p in energy.parameters())
         self.fits_terminal = self.fixed and bool(getattr(value, "terminal", False))
         check_parts(policy, value, energy, settings, reference, self.fixed)
@@ -85,7 +83,6 @@ class MaxEntIRL(nn.Module):
         self.target = follower(value) if settings.target_decay is not None else None
         self.policy_average = follower(policy) if settings.ema is not None else None
         self.value_average = follower(value) if settings.ema is not None else None
-        self._bad: dict[str, Tensor] = {}
 
     @property
     def sampler(self) -> Policy:
@@ -195,13 +192,6 @@ class MaxEntIRL(nn.Module):
             "policy_norm": norm.mean(),
             "clipped": (norm > (math.inf if clip is None else clip)).to(norm).mean(),
         }
-
-    def check(self) -> None:
-        """Raises ValueError if anything was not finite since it was last asked; waits for the device."""
-        bad, self._bad = self._bad, {}
-        for what, flag in bad.items():
-            if bool(flag):
-                raise ValueError(f"{what} is not finite: lower the learning rates, or gamma and tau; the step was skipped")
 
     # -- its steps
 
@@ -380,37 +370,6 @@ class MaxEntIRL(nn.Module):
             ref = self._kernel(x, k, cond, self.reference)
         dims = max(1, x[:1].numel()) if self.settings.reduction == "mean" else 1
         return p.kl(ref) / dims
-
-    def _descend(
-        self, name: str, loss: Tensor | Iterable[Tensor], clip: float | None, average: Average | None, where: str = ""
-    ) -> Tensor:
-        """A step of one optimiser on a loss, or on a sum whose terms come one by one; the norm of the gradient, unclipped."""
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        for part in [loss] if isinstance(loss, Tensor) else loss:
-            part.backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if average is not None:
-            for p in parameters:  # a process without examples has no gradient, the others wait for it
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            average([p.grad for p in parameters if p.grad is not None])
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-        self._look(norm, f"the gradient of the {name}{where}")
-        if norm.device.type != "cpu" and optimizer.defaults.get("fused"):
-            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # skips it without the host
-        if optimizer.defaults.get("fused") or bool(norm.isfinite()):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
-
-    def _look(self, value: Tensor, what: str, average: Average | None = None) -> None:
-        """Raises at once where looking is free and all processes see the same, else takes a note for `check`."""
-        good = value.detach().isfinite().all()
-        if good.device.type != "cpu" or average is not None:
-            self._bad[what] = self._bad[what] | ~good if what in self._bad else ~good
-        elif not bool(good):
-            self._bad.clear()
-            raise ValueError(f"{what} is not finite (iteration {self.iterations}): lower the learning rates, or gamma and tau")
 
     def _follow(self) -> None:
         """Averages and the target network, after an iteration."""

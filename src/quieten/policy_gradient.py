@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .critics import column, explained, frozen, mean
 from .denoiser import evaluating
-from .imitation import Average, MaxEntIRL
+from .descent import Average
+from .imitation import MaxEntIRL
 from .noise import Draws
 from .pairs import Pairs, keyed
 from .policy import Policy, Rollout

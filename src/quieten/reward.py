@@ -29,9 +29,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .descent import Average
 from .energies import default_value, read
 from .gaussian import Gaussian
-from .imitation import Average, MaxEntIRL
+from .imitation import MaxEntIRL
 from .noise import Draws
 from .policy import Policy, Rollout
 from .tuning import Settings
