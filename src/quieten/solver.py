@@ -58,12 +58,14 @@ class Coordinates(NamedTuple):
         (alpha, sigma), (s_alpha, s_sigma) = process.scales(lam), self.scale.scales(lam)
         return s_sigma / sigma if lam < 0 else s_alpha / alpha
 
-    def slope(self, z: Tensor, x0: Tensor, tau: float, lam: float) -> Tensor:
+    def slope(self, z: Sequence[float], tau: float, lam: float) -> list[float]:
+        """dz/dtau as a sum: shares of x_t and of the estimates of x0, for z given by those it has so far, and the next one."""
         if self._noise or self._flow:
-            return (z - x0).div_(tau)
+            return [*(share / tau for share in z), -1.0 / tau]
         _, rate = self.time.rate(torch.tensor(tau, dtype=torch.float64))
         s, _ = self.scale.scales(lam)
-        return (z * ((1.0 - 2.0 * self.scale.drift(lam)) / s)).sub_(x0).mul_(0.5 * float(rate) * s)
+        half = 0.5 * float(rate)
+        return [*(half * (1.0 - 2.0 * self.scale.drift(lam)) * share for share in z), -half * s]
 
 
 _NOISE = Coordinates(Power(1.0), VE)
@@ -125,27 +127,39 @@ class RungeKutta(Transition):
             raise ValueError(f"`lam_t` = -inf has no place in {at}: leave out `time` and `scale`, or start from a finite level")
         if lam_s == math.inf and self.last == "euler" and (at._noise or at._flow):
             return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0)
+        # Every stage is a sum of x_t and of the estimates so far: numbers first, then one pass over memory for each term.
         tau, end = at.tau(lam_t), at.tau(lam_s)
-        h, z = end - tau, x_t * at.factor(process, lam_t)
-        slopes = [at.slope(z, x0.mean, tau, lam_t)]
+        h, z, estimates = end - tau, [at.factor(process, lam_t)], [x0.mean]
+        slopes = [at.slope(z, tau, lam_t)]
         if lam_s == math.inf and self.last == "euler":
-            return Step(Gaussian(torch.add(z, slopes[0], alpha=h) / at.factor(process, lam_s)), x0)
+            z_s = _advance(z, h, (1.0,), slopes)
+            return Step(Gaussian(_combined(z_s, at.factor(process, lam_s), x_t, estimates)), x0)
         for c, row in zip(self.nodes[1:], self.matrix[1:], strict=True):
             tau_c, lam_c = tau + c * h, lam_s if c == 1.0 else at.lam(tau + c * h)
             z_c = _advance(z, h, row, slopes)
-            x0_c = denoiser(z_c / at.factor(process, lam_c), lam_c).mean
-            slopes.append(at.slope(z_c, x0_c, tau_c, lam_c))
-        return Step(Gaussian(_advance(z, h, self.weights, slopes) / at.factor(process, lam_s)), x0)
+            estimates.append(denoiser(_combined(z_c, at.factor(process, lam_c), x_t, estimates), lam_c).mean)
+            slopes.append(at.slope(z_c, tau_c, lam_c))
+        z_s = _advance(z, h, self.weights, slopes)
+        return Step(Gaussian(_combined(z_s, at.factor(process, lam_s), x_t, estimates)), x0)
 
     def extra_repr(self) -> str:
         return f"stages={len(self.weights)}, coordinates={self.coordinates}"
 
 
-def _advance(z: Tensor, h: float, row: Sequence[float], slopes: list[Tensor]) -> Tensor:
-    """z + h sum_j row_j slopes_j."""
-    out = torch.add(z, slopes[0], alpha=h * row[0])
-    for weight, slope in zip(row[1:], slopes[1:], strict=False):
-        out = out.add_(slope, alpha=h * weight) if weight else out
+def _advance(z: Sequence[float], h: float, row: Sequence[float], slopes: Sequence[Sequence[float]]) -> list[float]:
+    """z + h sum_j row_j slopes_j, as shares of x_t and of the estimates."""
+    out = [*z, *[0.0] * len(slopes)]
+    for weight, slope in zip(row, slopes, strict=False):  # rows may be filled up with zeros
+        for j, share in enumerate(slope):
+            out[j] += h * weight * share
+    return out
+
+
+def _combined(z: Sequence[float], factor: float, x_t: Tensor, estimates: Sequence[Tensor]) -> Tensor:
+    """The state whose multiple by `factor` has these shares."""
+    out = torch.mul(x_t, z[0] / factor)
+    for share, estimate in zip(z[1:], estimates, strict=True):
+        out = out.add_(estimate, alpha=share / factor) if share else out
     return out
 
 
