@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .covariance import Analytic, noise_of
+from .covariance import Analytic, Learned, noise_of
 from .data import Dataset, Order
 from .denoiser import Denoiser
 from .fit import fit
@@ -127,47 +127,12 @@ def fit_variance(
     trunk = fingerprint(source.denoiser)
     if kind == "analytic":
         return _fit_analytic(source, data, folder, name, plan, cap, trunk, estimator)
-    options = {"head": head, "basis": basis, "block": block, "link": link, "cap": cap}
+    options: dict[str, Any] = {"head": head, "basis": basis, "block": block, "link": link, "cap": cap}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        made = make_variance(kind, source.denoiser, **options)  # type: ignore[arg-type]
-    schedule = training_levels(source)
-    drop: dict[str, tuple[float, int | float]] = {key: (0.1, value) for key, value in source.null.items() if key == "label"}
-    objective = CovarianceMatching(
-        made,
-        schedule,
-        kind,
-        derivative=derivative,
-        probes=probes,
-        balance=link == "unit",
-        drop=drop if data.labels is not None else {},
-    )
-    section = {
-        "kind": kind,
-        **options,
-        "derivative": derivative,
-        "probes": probes,
-        "trunk": trunk,
-    }
-    with Accelerator().main_process_first():  # the others find the folder that the first one made
-        run = _run(folder / name, data, plan, section)
-    update = HeadUpdate(source.denoiser, objective)
-    summary = fit(run, data=data, callbacks=callbacks, update=update)
-    if not summary.done:
-        return Fitted(None, summary.message)
-    checkpoint = run.read()
-    assert checkpoint is not None
-    prefix = "objective.source."
-    made.load_state_dict({k.removeprefix(prefix): t for k, t in checkpoint.ema.items() if k.startswith(prefix)})
-    facts = {
-        "kind": kind, **options, "derivative": derivative, "probes": probes, "trunk": trunk, "data": data.name,
-        "images": summary.images, "steps": summary.step, "seed": plan.seed, "batch": plan.batch, "lr": plan.lr,
-        "levels": schedule_ends(schedule), "seconds": round(summary.seconds),
-    }  # fmt: skip
-    with Accelerator().main_process_first():
-        file = save_variance(folder, name, made, facts)
-    size = sum(p.numel() for p in made.parameters())
-    return Fitted(file, f"{file}: {kind} head of {size:,} parameters, {summary.images:,} images in {summary.seconds:.0f} s")
+        made = make_variance(kind, source.denoiser, **options)
+    section = {"kind": kind, **options, "derivative": derivative, "probes": probes, "trunk": trunk}
+    return _fit_head(source, data, folder / name, plan, made, section, callbacks)
 
 
 PLAN = Train(images=50_000, batch=32, lr=5e-3, warmup=1_000, clip=None, ema=5_000, precision="fp32", log_every=50)
@@ -176,6 +141,42 @@ the same in any batch, and a head of ten thousand parameters profits from every 
 
 
 # ---- Analytic-DPM
+
+
+def _fit_head(
+    source: Source,
+    data: Dataset,
+    path: Path,
+    plan: Train,
+    made: Learned,
+    section: dict[str, Any],
+    callbacks: Sequence[Callable[[Row], None]],
+) -> Fitted:
+    """Trains a head in the folder `path`, and keeps it beside that."""
+    schedule = training_levels(source)
+    drop: dict[str, tuple[float, int | float]] = {key: (0.1, value) for key, value in source.null.items() if key == "label"}
+    objective = CovarianceMatching(
+        made, schedule, section["kind"], derivative=section["derivative"], probes=section["probes"],
+        balance=section["link"] == "unit", drop=drop if data.labels is not None else {},
+    )  # fmt: skip
+    with Accelerator().main_process_first():  # the others find the folder that the first one made
+        run = _run(path, data, plan, section)
+    summary = fit(run, data=data, callbacks=callbacks, update=HeadUpdate(source.denoiser, objective))
+    if not summary.done:
+        return Fitted(None, summary.message)
+    checkpoint = run.read()
+    assert checkpoint is not None
+    prefix = "objective.source."
+    made.load_state_dict({k.removeprefix(prefix): t for k, t in checkpoint.ema.items() if k.startswith(prefix)})
+    facts = {
+        **section, "data": data.name, "images": summary.images, "steps": summary.step, "seed": plan.seed,
+        "batch": plan.batch, "lr": plan.lr, "levels": schedule_ends(schedule), "seconds": round(summary.seconds),
+    }  # fmt: skip
+    with Accelerator().main_process_first():
+        file = save_variance(path.parent, path.name, made, facts)
+    size = sum(p.numel() for p in made.parameters())
+    what = f"{section['kind']} head of {size:,} parameters"
+    return Fitted(file, f"{file}: {what}, {summary.images:,} images in {summary.seconds:.0f} s")
 
 
 def measure_analytic(
