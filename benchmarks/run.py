@@ -89,12 +89,13 @@ SLOW: dict[str, Plan] = {
         found="all bars|times the distance| > ", slow="draws 5,000 images a row",
     ),
     "dxmi_gaussians": Plan(
-        "tuned steps in two dimensions, against DDPM's", (), ("--seeds", "0", "--iterations", "20", "--pairs", "2"),
+        "tuned steps in two dimensions, against DDPM's", (), ("--seeds", "0", "--iterations", "500", "--pairs", "2"),
         slow="pretrains and tunes in three seeds",
     ),
     **{
         f"dxmi_{name}": Plan(
-            "four tuned steps, against untuned ones", (name,), (name, "--n", "100", "--seeds", "2"),
+            "four tuned steps, against untuned ones", (name,),
+            (name, "--n", "400", "--seeds", "2", "--rows", "dpm++:4,start:4"),
             found=r"all bars|is not below|nearer to training|^\| (dxmi|dpm|start)",
             slow="draws 2,000 images a row and seed", file="dxmi_small",
         )
