@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from common import header
+from quieten.adapters import merge
 from quieten.data import load
 from quieten.features import Extractor
 from quieten.files import write_atomic
@@ -51,6 +52,7 @@ def drawn(source: Source, row: str, n: int, seed: int) -> tuple[Tensor, int, flo
     else:
         start = make_policy(source, Start(T=int(steps))) if steps else None
         policy = load_policy(source.policies, name, source.denoiser) if start is None else start
+        merge(policy.denoiser)
         x = generate(policy.denoiser, n, grid=policy.grid, transition=policy.transition, last="draw", **common)
         count = policy.T
     return x.clamp(-1.0, 1.0), count, time.process_time() - begun

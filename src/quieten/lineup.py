@@ -25,6 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from .adapters import merge
 from .adaptive import RK45
 from .compare import Bits, Contender
 from .data import to_pixels
@@ -216,6 +217,7 @@ class Entrant:
     def _tuned(self, name: str) -> Contender:
         """A policy at its own steps; what it draws is not clipped, as `quieten sample --policy` does."""
         policy = load_policy(self.source.policies, name, self.source.denoiser)
+        merge(policy.denoiser)  # adapters cost time, and nobody trains them here
         counted = Counted(policy.denoiser)
         noise = sha256(policy.transition.log_rhos.detach().cpu().numpy().tobytes()).hexdigest()
         facts = {"policy": [fingerprint(policy.denoiser), noise], "clip": None}

@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ..adapters import merge
 from ..data import to_pixels
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
@@ -156,6 +157,7 @@ def _tuned(source: Source, name: str, steps: int | None, asked: Mapping[str, Any
             given = " ".join(value) if isinstance(value, list | tuple) else value
             raise ValueError(f"`--{option} {given}` was settled when --policy {name} was tuned: leave it out")
     policy = load_policy(source.policies, name, source.denoiser)
+    merge(policy.denoiser)  # adapters cost time, and nobody trains them here
     if steps not in (None, policy.T):
         raise ValueError(
             f"`--steps {steps}`: the policy {name} has {policy.T} steps, for which alone it was tuned: leave it out"
