@@ -69,6 +69,7 @@ _WHERE = {
     "running_cost": ["Auxiliary", "expected_cost", "running_cost", "time_costs"],
     "config": ["load_recipe", "recipe_names"],
     "runs": ["Run", "export", "load"],
+    "hub": ["from_pretrained", "push_to_hub"],
     "fit": ["train"],
     "tune": ["tune_policy"],
     "tune_start": ["Start"],

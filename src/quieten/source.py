@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Source:
 
 
 def open_source(source: str, weights: str = "ema", device: str | None = None) -> Source:
-    """A run, an exported file, a model of the zoo, or a diffusers folder or hub id, ready to sample.
+    """A run, an exported file, a model of the zoo, a diffusers folder, or the hub id of a run or pipeline, ready to sample.
 
     Raises:
         ValueError: If it is nothing of the kind, or damaged, or the device cannot be used.
@@ -94,7 +94,7 @@ def open_source(source: str, weights: str = "ema", device: str | None = None) ->
     hub_id = source.count("/") == 1 and not path.parent.is_dir() and path.parts[0] not in ("runs", "~")
     if ours or not (theirs or hub_id):
         return _from_run(source, weights, where)
-    return _from_diffusers(source, where)
+    return (None if theirs else _from_hub(source, weights, where)) or _from_diffusers(source, where)
 
 
 def device_of(name: str | None) -> str:
@@ -153,6 +153,18 @@ def _from_run(source: str, weights: str, device: str) -> Source:
         policies=_beside(source, path, "policy"),
         tuning={} if tuning is None else {"kind": tuning.kind, **tuning.options},
     )
+
+
+def _from_hub(source: str, weights: str, device: str) -> Source | None:
+    """A run on the hub, whose download is only read: what is made goes into this folder. None for anything else."""
+    from .hub import fetched
+
+    folder = fetched(source)
+    if folder is None:
+        return None
+    run = _from_run(str(folder), weights, device)
+    variances = (*_beside(source, Path(source), "variance"), *run.variances)
+    return replace(run, home=Path(), variances=variances, policies=(*_beside(source, Path(source), "policy"), *run.policies))
 
 
 def _beside(source: str, path: Path, what: str) -> tuple[Path, ...]:
