@@ -74,7 +74,7 @@ SUITE: dict[str, Plan] = {
     "diffenc": Plan("the encoder's bound and decoder, against separate calls"),
     "ocm": Plan("learning and using a reverse covariance, against the released form"),
     "ocm_grid": Plan("least-cost grids, against all rows and all images", found=r"^ steps|^ +\d+ |^histogram|^bars"),
-    "splitting": Plan("split steps, against the released formulation"),
+    "splitting": Plan("split steps, against the released formulation", found=r"\bbars?\b|^ms a step"),
     "adaptive": Plan("evaluations of the adaptive ODE, against scipy's RK45", quick=("--n", "4")),
     "dxmi": Plan("tuning a policy, against the form it replaces"),
 }
