@@ -101,6 +101,22 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     within(0.5, min(clocks)[0], f"processor seconds for `quieten --help` ({min(wall for _, wall in clocks):.2f} on the wall)")
 
 
+def test_every_command_explains_itself(typed: Type, monkeypatch: Any) -> None:
+    """Groups in order; and examples on lines of their own, so that they can be copied, each of a command that there is."""
+    monkeypatch.setenv("COLUMNS", "140")
+    whole = typed("--help").out
+    assert re.findall(r"─ ([A-Z][a-z ]+) ─", whole) == ["Options", "Train and draw", "Measure", "Look up"]
+    groups = {"features": ["train", "stats"], "variance": ["fit", "show"]}
+    commands = re.findall(r"^│ ([a-z][a-z-]+) ", whole, re.M)
+    assert len(commands) >= 15
+    for command in commands:
+        for words in [[command, inner] for inner in groups.get(command, [])] or [[command]]:
+            told = typed(*words, "--help").out.partition("Examples:")[2]
+            examples = [line.split()[1:] for line in re.findall(r"^ +(quieten .*?) *$", told, re.M)]
+            assert all(example[0] in commands for example in examples)
+            assert command in ("demo", "recipes", "samplers") or any(ex[: len(words)] == words for ex in examples), words
+
+
 def test_lists(typed: Type) -> None:
     listed = typed("samplers")
     names = [line.split()[0] for line in listed.out.splitlines()]
@@ -420,6 +436,7 @@ def test_sources_that_are_not_there(typed: Type, tmp_path: Path, toy: Path, monk
     refused(typed("sample", "runs/digits"), "no run in runs/digits", "quieten train RECIPE --out runs/digits")
     toy_run(tmp_path / "runs" / "mine")
     refused(typed("sample", "mine"), "no run in mine", "did you mean runs/mine?")
+    refused(typed("sample", "fashion-mnist"), "no run in fashion-mnist", "did you mean zoo:fashion-mnist")
     refused(typed("sample", "runs/mine"), "no ema.safetensors yet", "quieten train")
 
 

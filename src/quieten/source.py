@@ -119,6 +119,8 @@ def _from_run(source: str, weights: str, device: str) -> Source:
     path = Path(source).expanduser()
     if not path.exists() and (Path("runs") / source / "config.yaml").is_file():
         raise ValueError(f"no run in {source}: did you mean {Path('runs') / source}?")
+    if not path.exists() and path.name == source and (bundled.ZOO / f"{source}.safetensors").is_file():
+        raise ValueError(f"no run in {source}: did you mean zoo:{source}, which comes with the library?")
     denoiser, recipe = load_with_recipe(source, weights, device)
     beside = load_companions(source, weights, device)
     section, classes, shape = recipe.sample, recipe.data.classes, recipe.data.shape or ()

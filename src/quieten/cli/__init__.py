@@ -11,7 +11,7 @@ import typer
 from ..allocator import keep_freed_memory
 
 # each module adds its commands to the application
-from . import basic, classifier, compare, diagnose, export, features, nll, score, tune, variance  # noqa: F401
+from . import basic, classifier, compare, diagnose, export, features, lists, nll, score, tune, variance  # noqa: F401
 from .app import app
 
 __all__ = ["app", "main"]

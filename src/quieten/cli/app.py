@@ -7,11 +7,16 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "Overrides", "Weights", "app", "as_typed"]
+__all__ = ["LOOK", "MAKE", "MEASURE", "Device", "Overrides", "Weights", "app", "as_typed"]
+
+MAKE, MEASURE, LOOK = "Train and draw", "Measure", "Look up"
+"""Groups of commands in the help."""
 
 app = typer.Typer(
     name="quieten",
-    help="Diffusion models with less noise: train, sample and measure them.",
+    help="Diffusion models with less noise: train, sample and measure them.\n\n"
+    "Begin with `quieten demo`, which trains and measures a small model in minutes, or draw from one that comes along: "
+    "`quieten sample zoo:fashion-mnist`. The help of every command has examples.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -1,4 +1,4 @@
-"""Train, sample, look around."""
+"""Train and sample."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Overrides, Weights, app
+from .app import MAKE, Device, Overrides, Weights, app
 
-__all__ = ["demo", "recipes", "sample", "samplers", "train", "zoo"]
+__all__ = ["demo", "sample", "train"]
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, or a folder of images.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/NAME.")] = None,
@@ -27,9 +27,7 @@ def train(
     Examples:
 
         quieten train digits
-
         quieten train fashion-mnist --set train.batch=256 --out runs/fashion
-
         quieten train ~/pictures --set data.size=32
     """
     from ..commands.train import train as run
@@ -38,7 +36,7 @@ def train(
         raise typer.Exit(130)  # as for any program that Ctrl-C stops: `train ... && sample ...` does not go on
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def sample(
     source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. Default: the recipe's.")] = None,
@@ -92,20 +90,17 @@ def sample(
 ) -> None:
     """Draw samples: writes a PNG grid, prints seed, evaluations and images/s.
 
+    What is not given is the model's own choice: its sampler, its number of steps, its guidance. A seed draws the same samples
+    in batches of any size.
+
     Examples:
 
         quieten sample runs/digits --steps 10 --transition dpm++
-
         quieten sample zoo:fashion-mnist --label Bag,Coat --scale 2 --steps 20 --transition heun
-
         quieten sample ./my-diffusers-model --steps 50 --transition ddim --npz samples.npz -n 1000
-
         quieten sample zoo:fashion-mnist --transition rk45 --option rtol=1e-3 --option atol=1e-3
-
         quieten sample zoo:fashion-mnist --steps 10 --transition ocm
-
         quieten sample zoo:fashion-mnist --guide Bag --scale 6 --steps 10
-
         quieten sample zoo:fashion-mnist --guide superres:4 --measurement shoe.png -n 8
     """
     from ..commands.sample import sample as run
@@ -117,56 +112,7 @@ def sample(
     )  # fmt: skip
 
 
-@app.command()
-def samplers() -> None:
-    """List the samplers that --transition knows."""
-    from ..samplers import SAMPLERS
-    from ..splits import SPLITS
-
-    for name, entry in SAMPLERS.items():
-        typer.echo(f"{name:15s} {entry.about}")
-    typer.echo(f"{'encoded-flow':15s} the ODE of DiffEnc's contraction or counterterm split, by Heun's method")
-    for name, scheme in SPLITS.items():
-        typer.echo(f"{name:15s} with --guide, {scheme.network} + {scheme.gradient} gradients a step: {scheme.about}")
-
-
-@app.command()
-def zoo(
-    name: Annotated[str | None, typer.Argument(help="One model; its beginning will do. Default: all.")] = None,
-) -> None:
-    """List the trained models that come with the library: variances, policies, classifiers, sizes, quality.
-
-    Examples:
-
-        quieten zoo
-
-        quieten sample zoo:fashion --steps 5 --out grid.png
-    """
-    from ..commands.zoo import show
-
-    show(name)
-
-
-@app.command()
-def recipes() -> None:
-    """List the recipes that `train` knows: first those for a CPU, then the settings of the papers."""
-    import yaml
-
-    from ..config import FOLDER, recipe_names
-
-    texts = {name: (FOLDER / f"{name}.yaml").read_text(encoding="utf-8") for name in recipe_names()}
-    large = [name for name, text in texts.items() if yaml.safe_load(text)["train"]["images"] > 20_000_000]
-    width = max(map(len, texts))
-    for title, names in (
-        ("Minutes to hours on a CPU:", [name for name in texts if name not in large]),
-        ("As in the papers, for GPUs and days:", large),
-    ):
-        typer.echo(title)
-        for name in names:
-            typer.echo(f"  {name:{width}s}  {texts[name].splitlines()[0].removeprefix('#').strip()}")
-
-
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run and its report.")] = Path("runs/demo"),
     changes: Overrides = None,

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, app
+from .app import MAKE, Device, app
 
 __all__ = ["train_classifier"]
 
 
-@app.command("train-classifier")
+@app.command("train-classifier", rich_help_panel=MAKE)
 def train_classifier(
     data: Annotated[str, typer.Argument(help="A labelled data set: a name, or a folder with one subfolder for each class.")],
     out: Annotated[Path | None, typer.Option(help="File to write. Default: runs/NAME-classifier.safetensors.")] = None,
@@ -37,7 +37,6 @@ def train_classifier(
     Examples:
 
         quieten train-classifier digits --images 100000 --width 16
-
         quieten train-classifier fashion-mnist --images 900000 --out runs/guide.safetensors
     """
     from ..commands.classifier import train_classifier as run

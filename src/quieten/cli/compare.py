@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Weights, app, as_typed
+from .app import MEASURE, Device, Weights, app, as_typed
 
 __all__ = ["compare"]
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def compare(
     context: typer.Context,
     source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
@@ -65,11 +65,8 @@ def compare(
     Examples:
 
         quieten compare zoo:fashion-mnist fashion-mnist
-
         quieten compare runs/digits digits --transitions ddim,dpm++,diffusers --steps 5,10 -n 1000
-
         quieten compare zoo:fashion-mnist fashion-mnist --transitions ocm,fitted,policies --nll 200
-
         quieten compare runs/new digits --against runs/old --transitions heun
     """
     from ..commands.compare import run

@@ -7,14 +7,14 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from .app import Device, Weights, app
+from .app import MEASURE, Device, Weights, app
 
 __all__ = ["diagnose"]
 
 T = TypeVar("T", int, float)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def diagnose(
     source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
     data: Annotated[
@@ -52,11 +52,8 @@ def diagnose(
     Examples:
 
         quieten diagnose runs/digits digits
-
         quieten diagnose zoo:fashion-mnist fashion-mnist --references 128,1024,8192
-
         quieten diagnose ./my-diffusers-model ~/pictures --levels 24 --out diagnosis
-
         quieten diagnose zoo:fashion-mnist --guidance all --scales 1,6,20
     """
     if guidance is not None:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .app import Weights, app
+from .app import MAKE, Weights, app
 
 __all__ = ["export"]
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     file: Annotated[Path | None, typer.Argument(help="A file to write, ending in .safetensors.")] = None,
@@ -31,9 +31,7 @@ def export(
     Examples:
 
         quieten export runs/digits digits.safetensors
-
         quieten export runs/digits --hub my-name/digits --private
-
         quieten sample my-name/digits --steps 10
     """
     from ..runs import Run

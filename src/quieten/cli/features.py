@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, app
+from .app import MEASURE, Device, app
 
 __all__ = ["features", "stats", "train"]
 
@@ -16,7 +16,7 @@ features = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-app.add_typer(features, name="features")
+app.add_typer(features, name="features", rich_help_panel=MEASURE)
 
 Folder = Annotated[Path | None, typer.Option("--data", help="Where the data set lies, for names.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow a missing data set to be downloaded.")]
@@ -48,7 +48,6 @@ def train(
     Examples:
 
         quieten features train digits --images 200000 --width 32
-
         quieten features train ~/pictures --out judge.safetensors
     """
     from ..commands.features import train as run
@@ -78,10 +77,11 @@ def stats(
 ) -> None:
     """Write mean and covariance of the features of a data set, in the layout of pytorch-fid, EDM and ADM (mu, sigma).
 
+    Frechet distances can then be taken to them without the data.
+
     Examples:
 
         quieten features stats fashion-mnist --extractor zoo:fashion-mnist --out stats.npz
-
         quieten features stats ~/pictures --extractor inception:pt_inception-2015-12-05.pth --size 64
     """
     from ..commands.features import stats as run

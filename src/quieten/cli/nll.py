@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Weights, app
+from .app import MEASURE, Device, Weights, app
 
 __all__ = ["nll"]
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def nll(
     source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
     data: Annotated[str, typer.Argument(help="A data set's name, a folder or zip of images, or an .npz file.")],
@@ -66,15 +66,10 @@ def nll(
     Examples:
 
         quieten nll runs/digits digits
-
         quieten nll zoo:fashion-mnist fashion-mnist --steps 10 --variance big --bound-grid optimal
-
         quieten nll runs/my-diffenc fashion-mnist --steps 20 --variance optimal --bound-grid optimal
-
         quieten nll zoo:fashion-mnist fashion-mnist --estimator ode --steps 30 -n 100
-
         quieten nll runs/digits digits --estimator ode --probes 0 --tolerance 1e-4 -n 100
-
         quieten nll ./my-diffusers-model ~/pictures/test --steps 1000 --compat official
     """
     from ..commands.nll import nll as run

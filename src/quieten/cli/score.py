@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Weights, app
+from .app import MEASURE, Device, Weights, app
 
 __all__ = ["score"]
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def score(
     source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
     data: Annotated[str, typer.Argument(help="A data set's name, a folder or zip of images, or an .npz file.")],
@@ -49,9 +49,7 @@ def score(
     Examples:
 
         quieten score runs/fashion fashion-mnist --policy dxmi-4
-
         quieten score zoo:fashion-mnist fashion-mnist --against ~/pictures --by loss -n 1000
-
         quieten score zoo:fashion-mnist fashion-mnist --by knn --normal Sandal
     """
     from ..commands.score import score as run

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Weights, app
+from .app import MAKE, Device, Weights, app
 
 __all__ = ["tune"]
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def tune(
     source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
     data: Annotated[str, typer.Argument(help="What it was trained on: a data set's name, or a path.")],
@@ -81,13 +81,9 @@ def tune(
     Examples:
 
         quieten tune zoo:fashion-mnist fashion-mnist --steps 4
-
         quieten tune runs/digits digits --steps 4 --images 32000
-
         quieten tune zoo:fashion-mnist fashion-mnist --steps 10 --start ocm --tau1 0.01 --tau2 0.01
-
         quieten tune zoo:fashion-mnist fashion-mnist --steps 4 --reward my_rewards:brightness --tau1 0.1
-
         quieten tune ./my-diffusers-model ~/pictures --steps 4 --adapters 8 --value residual
 
     Then: `quieten sample MODEL --policy dxmi-4`.

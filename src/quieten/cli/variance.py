@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Weights, app
+from .app import MAKE, Device, Weights, app
 
 __all__ = ["fit", "show", "variance"]
 
@@ -16,7 +16,7 @@ variance = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-app.add_typer(variance, name="variance")
+app.add_typer(variance, name="variance", rich_help_panel=MAKE)
 
 Model = Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")]
 Examples = Annotated[str, typer.Argument(help="What it was trained on: a data set's name, or a path.")]
@@ -62,9 +62,7 @@ def fit(
     Examples:
 
         quieten variance fit zoo:fashion-mnist fashion-mnist
-
         quieten variance fit runs/emoji emoji --kind ocm --basis dct
-
         quieten variance fit ./my-diffusers-model ~/pictures --kind analytic --images 2000
 
     Then: `quieten sample MODEL --transition ocm`, or `--variance NAME`.

@@ -108,7 +108,8 @@ def sample(
     labels = followed.classes if followed is not None and followed.classes is not None else cond.get("label")
     _write(images, out, npz, labels, columns, seen)
     first = "; the first picture is what was measured" if out and seen is not None else ""
-    print(f"{' and '.join(str(path) for path in (out, npz) if path)}: {n} samples, {name} in {steps} steps, seed {seed}, "
+    took = f" in {steps} steps" if len(grid) > steps else ""  # a sampler with fewer levels chooses its steps itself
+    print(f"{' and '.join(str(path) for path in (out, npz) if path)}: {n} samples, {name}{took}, seed {seed}, "
           f"{opened.weights} weights{first}")  # fmt: skip
     twice = ", two a step for guidance" if scale != 1 else ""
     gradients = "" if followed is None or not followed.gradients[0] else f" and {followed.gradients[0] / n:g} gradients"
