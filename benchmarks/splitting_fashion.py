@@ -1,6 +1,6 @@
 """Class guidance of the Fashion-MNIST model: quality against seconds for joint and split schemes, in docs/results/splitting.md.
 
-python benchmarks/splitting_fashion.py --cache FOLDER [--n 250] [--scale 6] [--steps 5,7,10,15,20,25] [--png FILE.png]
+python benchmarks/splitting_fashion.py --cache FOLDER [--n 1000] [--scale 6] [--steps 5,7,10,15,20,25] [--png FILE.png]
 
 The unconditional model (its null label) is guided by `zoo:fashion-mnist-noisy`. The classifier of clean images that judges the
 samples, and whose features carry the Frechet distance within class, was trained apart from it. Seconds are evaluations
@@ -217,7 +217,7 @@ def draw(rows: dict[tuple[str, int], dict[str, float]], floor: float, png: Path)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=250)
+    parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--scale", type=float, default=6.0)
     parser.add_argument("--steps", type=lambda text: [int(word) for word in text.split(",")], default=[5, 7, 10, 15, 20, 25])
     parser.add_argument("--batch", type=int, default=250)
