@@ -70,7 +70,7 @@ SUITE: dict[str, Plan] = {
     "compare": Plan("what `quieten compare` spends beside its networks", quick=("--quick",)),
     "train": Plan("training, against diffusers' loop and network", TRAINING, ("--quick", *TRAINING)),
     "nets": Plan("the compact U-Net against UNet2DModel", (), ("--seconds", "0.3"), r" UNet ", False),
-    "stf": Plan("stable targets, against the direct form"),
+    "stf": Plan("stable targets, against the direct form", ("--rounds", "12")),
     "diffenc": Plan("the encoder's bound and decoder, against separate calls"),
     "ocm": Plan("learning and using a reverse covariance, against the released form"),
     "ocm_grid": Plan("least-cost grids, against all rows and all images", found=r"^ steps|^ +\d+ |^histogram|^bars"),
