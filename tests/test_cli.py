@@ -165,6 +165,7 @@ def test_train_and_resume(typed: Type, tmp_path: Path, digits: Path) -> None:
     first = typed("train", "digits", "--out", tmp_path / "a", *TINY)
     assert first.code == 0
     assert f"{tmp_path / 'a'}: trained on 64 images" in first.out
+    assert first.out.splitlines()[-1] == f"quieten sample {tmp_path / 'a'}"
     weights = (tmp_path / "a" / "model.safetensors").read_bytes()
     again = typed("train", "digits", "--out", tmp_path / "a")  # nothing is left to do
     assert again.code == 0

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Summary:
         seconds: Time spent training, earlier sessions included.
         done: Whether all images of the recipe were shown; False after Ctrl-C.
         message: One line for people.
+        path: Folder of the run.
     """
 
     step: int
@@ -48,6 +50,7 @@ class Summary:
     seconds: float
     done: bool
     message: str
+    path: Path = Path()
 
 
 class Session(ABC):
@@ -273,7 +276,7 @@ class Session(ABC):
                 f"{path}: stopped{self.stop.reason} at step {self.step} of {self.steps} ({count}) and saved; "
                 "the same command goes on from there"
             )
-        return Summary(self.step, self.images, self.loss, self.seconds, done, message)
+        return Summary(self.step, self.images, self.loss, self.seconds, done, message, path)
 
 
 def learning_rate(plan: Train, step: int, steps: int) -> float:

@@ -20,4 +20,6 @@ def train(recipe: str, *, out: Path | None, changes: Sequence[str], data: Path |
     summary = run(recipe, [*changes, *extra, *(["data.download=true"] if download else [])], out)
     if os.environ.get("RANK", "0") == "0":
         print(summary.message)
+        if summary.done:
+            print(f"quieten sample {summary.path}")
     return summary.done

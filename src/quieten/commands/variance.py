@@ -55,6 +55,8 @@ def fit(
     plan = type(PLAN)(**{**PLAN.model_dump(), **changes, "seed": seed})
     fitted = fit_variance(opened, examples(opened, data), train=plan, **wanted)
     print(fitted.message)
+    if fitted.file is not None:
+        print(f"quieten sample {source} --variance {fitted.file.stem}")
     return fitted.file is not None
 
 
