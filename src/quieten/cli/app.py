@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["LOOK", "MAKE", "MEASURE", "Device", "Overrides", "Weights", "app", "as_typed"]
+__all__ = [
+    "LOOK", "MAKE", "MEASURE", "Batch", "Device", "Download", "Folder", "Images", "Labelled", "Mirror", "Overrides", "Peak",
+    "Seed", "Shift", "Weights", "app", "as_typed",
+]  # fmt: skip
 
 MAKE, MEASURE, LOOK = "Train and draw", "Measure", "Look up"
 """Groups of commands in the help."""
@@ -28,6 +32,20 @@ Overrides = Annotated[
 ]
 Weights = Annotated[str, typer.Option(help="ema or model.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: the best there is.")]
+
+# ---- of what learns from labelled pictures
+
+Labelled = Annotated[str, typer.Argument(help="A labelled data set: a name, or a folder with one subfolder for each class.")]
+Images = Annotated[int, typer.Option(min=1, help="Images to train on, counted with repetition.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images a step.")]
+Peak = Annotated[float, typer.Option(min=0, help="Peak learning rate.")]
+Shift = Annotated[int, typer.Option(min=0, help="Largest shift in pixels.")]
+Mirror = Annotated[
+    bool | None, typer.Option("--mirror/--no-mirror", help="Mirror every other picture. Default: except digits.")
+]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Folder = Annotated[Path | None, typer.Option("--data", help="Where the data set lies, for names.")]
+Download = Annotated[bool, typer.Option("--download", help="Allow a missing data set to be downloaded.")]
 
 
 def _version(wanted: bool) -> None:

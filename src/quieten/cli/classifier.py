@@ -7,27 +7,25 @@ from typing import Annotated
 
 import typer
 
-from .app import MAKE, Device, app
+from .app import MAKE, Batch, Device, Download, Folder, Images, Labelled, Mirror, Peak, Seed, Shift, app
 
 __all__ = ["train_classifier"]
 
 
 @app.command("train-classifier", rich_help_panel=MAKE)
 def train_classifier(
-    data: Annotated[str, typer.Argument(help="A labelled data set: a name, or a folder with one subfolder for each class.")],
+    data: Labelled,
     out: Annotated[Path | None, typer.Option(help="File to write. Default: runs/NAME-classifier.safetensors.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to train on, counted with repetition.")] = 600_000,
-    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
+    images: Images = 600_000,
+    batch: Batch = 128,
+    lr: Peak = 2e-3,
     width: Annotated[int, typer.Option(min=1, help="Channels of the network; its cost grows with the square.")] = 32,
-    shift: Annotated[int, typer.Option(min=0, help="Largest shift in pixels.")] = 2,
-    mirror: Annotated[
-        bool | None, typer.Option("--mirror/--no-mirror", help="Mirror every other picture. Default: except digits.")
-    ] = None,
+    shift: Shift = 2,
+    mirror: Mirror = None,
     process: Annotated[str, typer.Option(help="How the pictures are noised: vp, ve or flow; any denoiser can use it.")] = "vp",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    folder: Annotated[Path | None, typer.Option("--data", help="Where the data set lies, for names.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Allow a missing data set to be downloaded.")] = False,
+    seed: Seed = 0,
+    folder: Folder = None,
+    download: Download = False,
     device: Device = None,
 ) -> None:
     """Train a classifier of noisy pictures, for `quieten sample --guide CLASS`; the same command again resumes it.

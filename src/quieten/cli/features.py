@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import MEASURE, Device, app
+from .app import MEASURE, Batch, Device, Download, Folder, Images, Labelled, Mirror, Peak, Seed, Shift, app
 
 __all__ = ["features", "stats", "train"]
 
@@ -18,25 +18,20 @@ features = typer.Typer(
 )
 app.add_typer(features, name="features", rich_help_panel=MEASURE)
 
-Folder = Annotated[Path | None, typer.Option("--data", help="Where the data set lies, for names.")]
-Download = Annotated[bool, typer.Option("--download", help="Allow a missing data set to be downloaded.")]
-
 
 @features.command()
 def train(
-    data: Annotated[str, typer.Argument(help="A labelled data set: a name, or a folder with one subfolder for each class.")],
+    data: Labelled,
     out: Annotated[Path | None, typer.Option(help="File to write. Default: runs/NAME-features.safetensors.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to train on, counted with repetition.")] = 600_000,
-    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
+    images: Images = 600_000,
+    batch: Batch = 128,
+    lr: Peak = 2e-3,
     decay: Annotated[float, typer.Option(min=0, help="Weight decay; more for few images.")] = 0.02,
     width: Annotated[int, typer.Option(min=1, help="Channels of the network; there are 3/2 as many features.")] = 64,
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Share of features dropped; more for few images.")] = 0.1,
-    shift: Annotated[int, typer.Option(min=0, help="Largest shift in pixels.")] = 2,
-    mirror: Annotated[
-        bool | None, typer.Option("--mirror/--no-mirror", help="Mirror every other picture. Default: except digits.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    shift: Shift = 2,
+    mirror: Mirror = None,
+    seed: Seed = 0,
     folder: Folder = None,
     download: Download = False,
     device: Device = None,

@@ -6,16 +6,13 @@ import io
 import json
 from pathlib import Path
 
-import torch
-
 from ..classify import NoisyClassifier, accuracy_by_level
 from ..data import Dataset
 from ..files import write_atomic, writing
-from ..nets import Classifier
 from ..process import PROCESSES
 from ..source import device_of
 from ..weights import packed
-from .teach import finish, splits, taught, weights_file
+from .teach import finish, lesson_plan, pupil, splits, taught, weights_file
 
 __all__ = ["train_classifier"]
 
@@ -45,12 +42,8 @@ def train_classifier(
         raise ValueError(f"`--process` must be one of {', '.join(PROCESSES)} (got {process!r})")
     train, test = splits(data, folder, download)
     out = weights_file(Path("runs") / f"{train.name}-classifier.safetensors" if out is None else out)
-    mirror = train.name not in ("digits", "mnist") if mirror is None else mirror
-    options = {"channels": train.shape[0], "classes": len(train.classes), "width": width}
-    plan = {"data": train.name, "images": images, "batch": batch, "lr": lr, "shift": shift, "mirror": mirror, "seed": seed}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Classifier(**options)
+    net, options = pupil(train, seed, width=width)
+    plan = lesson_plan(train, images, batch, lr, shift, mirror, seed)
     classifier = NoisyClassifier(net, PROCESSES[process], classes=train.classes, shape=train.shape).to(device_of(device))
     facts = {**classifier.facts(options), "plan": json.dumps(plan)}
     done = taught(classifier, classifier.net, train, out, facts, plan, smoothing=0.0, schedule=classifier.schedule())

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ..classify import accuracy
 from ..data import load
 from ..features import Extractor, statistics_of
 from ..files import write_atomic, writing
-from ..nets import Classifier
 from ..progress import Progress
 from ..source import device_of
 from ..weights import packed
-from .teach import finish, splits, taught, weights_file
+from .teach import finish, lesson_plan, pupil, splits, taught, weights_file
 
 __all__ = ["stats", "train"]
 
@@ -47,12 +43,8 @@ def train(
     """
     learnt, test = splits(data, folder, download)
     out = weights_file(Path("runs") / f"{learnt.name}-features.safetensors" if out is None else out)
-    options: dict[str, Any] = {"channels": learnt.shape[0], "classes": len(learnt.classes), "width": width, "dropout": dropout}
-    plan = {"data": learnt.name, "images": images, "batch": batch, "lr": lr, "weight_decay": decay, "shift": shift,
-            "mirror": learnt.name not in ("digits", "mnist") if mirror is None else mirror, "seed": seed}  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Classifier(**options)
+    net, options = pupil(learnt, seed, width=width, dropout=dropout)
+    plan = lesson_plan(learnt, images, batch, lr, shift, mirror, seed, weight_decay=decay)
     net.to(device_of(device))
     facts = {"options": json.dumps(options), "classes": json.dumps(learnt.classes), "plan": json.dumps(plan)}
     done = taught(net, net, learnt, out, facts, plan)

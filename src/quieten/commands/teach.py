@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..classify import lessons
 from ..data import Dataset, load
 from ..files import write_atomic, writing
+from ..nets import Classifier
 from ..progress import Progress
 from ..watch import signals
 from ..weights import packed, read_tensors, restore
 
-__all__ = ["finish", "splits", "taught", "weights_file"]
+__all__ = ["finish", "lesson_plan", "pupil", "splits", "taught", "weights_file"]
 
 SAVE_EVERY = 60.0
 """Seconds between saves on the way."""
@@ -39,6 +40,31 @@ def splits(data: str, folder: Path | None, download: bool) -> tuple[Dataset, Dat
         held = torch.arange(len(train)) % 10 == 9
         return train.subset(~held), train.subset(held)
     return train, test
+
+
+def pupil(data: Dataset, seed: int, **options: Any) -> tuple[Classifier, dict[str, Any]]:
+    """A classifier of the data with its first weights, and all the options that it was made of."""
+    options = {"channels": data.shape[0], "classes": len(data.classes), **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Classifier(**options), options
+
+
+def lesson_plan(
+    data: Dataset, images: int, batch: int, lr: float, shift: int, mirror: bool | None, seed: int, **more: Any
+) -> dict[str, Any]:
+    """What a file says of its training; pictures are mirrored by default where they may be."""
+    mirror = data.name not in ("digits", "mnist") if mirror is None else mirror
+    return {
+        "data": data.name,
+        "images": images,
+        "batch": batch,
+        "lr": lr,
+        **more,
+        "shift": shift,
+        "mirror": mirror,
+        "seed": seed,
+    }
 
 
 def weights_file(out: Path) -> Path:
