@@ -24,7 +24,8 @@ from quieten.samplers import sampler
 from quieten.sampling import generate
 from quieten.solver import Exponential
 from quieten.source import open_source
-from quieten.variance import load_variance
+from quieten.tune_loop import draw
+from quieten.variance import fingerprint, load_variance
 from quieten.wrap import Clipped
 
 FILES = sorted(ZOO.rglob("*.safetensors"))
@@ -37,7 +38,7 @@ def test_the_card_names_every_file_by_its_hash(file):
 
 def test_the_files_are_small():
     size = sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file())
-    assert size <= 12 * 2**20, f"{size / 2**20:.1f} MiB"
+    assert size <= 12_000_000, f"{size:,} bytes"
 
 
 def test_unknown_names_are_refused():
@@ -57,8 +58,11 @@ def test_every_model_has_all_that_belongs_to_it(bundle):
     assert {"analytic", "ocm"} <= set(bundle.variances)
     for name in bundle.variances:
         load_variance(opened.variances, name, opened.denoiser)
+    assert bundle.policies
     for name in bundle.policies:
-        assert load_policy(opened.policies, name, opened.denoiser).T >= 1
+        policy = load_policy([ZOO / "policy" / bundle.name], name, opened.denoiser)
+        assert int(name.split("-")[-1]) == policy.T
+        assert json.loads((ZOO / "policy" / bundle.name / f"{name}.json").read_text())["trunk"] == fingerprint(opened.denoiser)
     statistics, extractor = Statistics.zoo(bundle.name), Extractor.zoo(bundle.name)
     assert statistics.extractor == extractor.hash
     shape = opened.denoiser.shape
@@ -67,10 +71,20 @@ def test_every_model_has_all_that_belongs_to_it(bundle):
     log = [json.loads(line) for line in bundle.log.read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"]
     assert bundle.quality["samples"]
-    for row in bundle.quality["samples"]:
+    assert [row["policy"] for row in bundle.quality["policies"]] == list(bundle.policies)
+    for row in (*bundle.quality["samples"], *bundle.quality["policies"]):
         result = Result.from_dict(row["result"])
         assert result.protocol.extractor_hash == extractor.hash
         assert result.figure() == row["frechet"]
+
+
+def test_policies_draw_as_well_as_the_list_says():
+    """The digits' figure again, by their policy."""
+    row = next(bundle for bundle in bundles() if bundle.name == "digits").quality["policies"][0]
+    result, opened = Result.from_dict(row["result"]), open_source("zoo:digits", device="cpu")
+    policy = load_policy([ZOO / "policy" / "digits"], row["policy"], opened.denoiser)
+    found = frechet(draw(policy, 500, 10, seed=1).clamp(-1.0, 1.0), Statistics.zoo("digits"), Extractor.zoo("digits"))
+    assert abs(found.details["corrected"] - result.details["corrected"]) < 5 * math.hypot(found.uncertainty, result.uncertainty)
 
 
 def test_samples_are_as_good_as_the_list_says():
@@ -98,11 +112,29 @@ def test_a_picture_by_the_beginning_of_a_name(typed: Type, tmp_path):
     assert Image.open(tmp_path / "grid.png").size[0] > 28
 
 
+@pytest.mark.parametrize("bundle", bundles(), ids=lambda bundle: bundle.name)
+def test_a_policy_by_name(typed: Type, tmp_path, bundle):
+    asked = ("sample", f"zoo:{bundle.name}", "--policy", "dxmi-4", "-n", 3, "--out", tmp_path / "grid.png", "--device", "cpu")
+    ran = typed(*asked)
+    assert ran.code == 0, ran.err
+    assert "dxmi-4 in 4 steps" in ran.out
+    assert "4 network evaluations a sample" in ran.out
+    assert Image.open(tmp_path / "grid.png").size[0] >= 3 * side(bundle)
+
+
+def side(bundle) -> int:
+    shape = open_source(f"zoo:{bundle.name}", device="cpu").denoiser.shape
+    assert shape is not None
+    return shape[-1]
+
+
 def test_the_list(typed: Type):
     ran = typed("zoo")
     for bundle in bundles():
         for piece in (bundle.name, *bundle.variances, *bundle.policies, *(file.stem for file in bundle.classifiers)):
             assert piece in ran.out
+        for row in bundle.quality["policies"]:
+            assert f"--policy {row['policy']} in {row['steps']} steps: {row['frechet']}" in ran.out
     one = typed("zoo", "zoo:fash")
     assert "zoo:fashion-mnist" in one.out
     assert "zoo:emoji" not in one.out
