@@ -69,7 +69,7 @@ SUITE: dict[str, Plan] = {
     "metrics": Plan("Frechet distances against scipy's matrix root, stated errors against the spread", quick=("--draws", "20")),
     "compare": Plan("what `quieten compare` spends beside its networks", quick=("--quick",)),
     "train": Plan("training, against diffusers' loop and network", TRAINING, ("--quick", *TRAINING)),
-    "nets": Plan("the compact U-Net against UNet2DModel", (), ("--seconds", "0.3"), r" UNet ", False),
+    "nets": Plan("the compact U-Net against UNet2DModel", (), ("--seconds", "0.3"), r" UNet |params", False),
     "stf": Plan("stable targets, against the direct form", ("--rounds", "12")),
     "diffenc": Plan("the encoder's bound and decoder, against separate calls"),
     "ocm": Plan("learning and using a reverse covariance, against the released form"),
