@@ -30,7 +30,7 @@ from quieten.data import Order, load
 from quieten.denoiser import Preconditioned
 from quieten.files import write_atomic
 from quieten.metrics import auroc
-from quieten.nets import MLP
+from quieten.mlp import MLP
 from quieten.noise import Draws
 from quieten.objective import Batch, Denoising
 from quieten.plots import grid_image

@@ -37,7 +37,7 @@ from quieten.energies import PerceptronValue
 from quieten.features import Extractor
 from quieten.files import write_atomic
 from quieten.metrics import frechet
-from quieten.nets import MLP
+from quieten.mlp import MLP
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch, Denoising
 from quieten.plots import save_grid

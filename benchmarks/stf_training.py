@@ -30,7 +30,7 @@ from quieten import load
 from quieten.config import build_schedule, load_data, load_recipe
 from quieten.denoiser import edm
 from quieten.diagnosis import level_density
-from quieten.nets import MLP
+from quieten.mlp import MLP
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch, Denoising, Noised, Regression, Target
 from quieten.oracle import MixtureData

@@ -10,7 +10,8 @@ from torch import nn
 
 from helpers import refuses, within
 from quieten.adapters import adapted, adapters, inject, load_adapters, merge, remove
-from quieten.nets import MLP, UNet
+from quieten.mlp import MLP
+from quieten.nets import UNet
 
 
 def unet() -> nn.Module:

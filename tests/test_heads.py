@@ -9,7 +9,8 @@ from helpers import refuses
 from quieten.covariance import HessianDiagonal
 from quieten.denoiser import Preconditioned
 from quieten.heads import Complex, Separate, Simple, make_head, network_of, tap_of
-from quieten.nets import MLP, UNet
+from quieten.mlp import MLP
+from quieten.nets import UNet
 from quieten.oracle import GaussianData
 from quieten.process import VP
 from quieten.schedule import Table

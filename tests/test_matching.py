@@ -16,7 +16,8 @@ from quieten.gaussian import Gaussian
 from quieten.heads import make_head
 from quieten.jacobian import product
 from quieten.matching import CovarianceMatching
-from quieten.nets import MLP, UNet
+from quieten.mlp import MLP
+from quieten.nets import UNet
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch, Noised
 from quieten.oracle import GaussianData

@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from quieten.dit import DiT
-from quieten.nets import MLP, Classifier, Embedding, Net, UNet
+from quieten.mlp import MLP
+from quieten.nets import Classifier, Embedding, Net, UNet
 from quieten.unet import adm, ddpm, ddpmpp, iddpm, ncsnpp
 
 TINY = {"width": 8, "mult": (1, 2), "size": 8, "attention": (4,), "blocks": 1, "dropout": 0.0}

@@ -13,7 +13,7 @@ from helpers import refuses, within
 from quieten import VE, Draws, Preconditioned, karras
 from quieten.energies import PerceptronValue
 from quieten.imitation import MaxEntIRL, Settings
-from quieten.nets import MLP
+from quieten.mlp import MLP
 from quieten.pairs import gathered
 from quieten.policy import Policy, Rollout
 from quieten.policy_gradient import METHODS, FullGradient, PolicyGradient

@@ -26,7 +26,7 @@ from .data import Order
 from .denoiser import edm
 from .energies import PerceptronValue
 from .imitation import MaxEntIRL
-from .nets import MLP
+from .mlp import MLP
 from .noise import Draws
 from .policy import Policy
 from .process import VE

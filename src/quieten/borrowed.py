@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser, Preconditioned
-from .nets import MLP, UNet
+from .mlp import MLP
+from .nets import UNet
 from .policy import Policy
 
 __all__ = ["EncoderEnergy", "EncoderValue", "lends_encoder"]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .denoiser import Denoiser, levels
-from .nets import Block, Embedding, Net, PixelNorm, VectorBlock, modulated, zeroed
+from .mlp import VectorBlock
+from .nets import Block, Embedding, Net, PixelNorm, modulated, zeroed
 from .process import Level
 
 __all__ = [

@@ -34,7 +34,7 @@ def _itself(name: str) -> str:
 PARTS: dict[str, dict[str, str | Builder]] = {
     "net": {
         "unet": "nets:UNet",
-        "mlp": "nets:MLP",
+        "mlp": "mlp:MLP",
         "vdm": "vdm_nets:ScoreUNet",
         "ddpm": "unet:ddpm",
         "iddpm": "unet:iddpm",
