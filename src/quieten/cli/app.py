@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "LOOK", "MAKE", "MEASURE", "Batch", "Device", "Download", "Folder", "Images", "Labelled", "Mirror", "Overrides", "Peak",
-    "Seed", "Shift", "Weights", "app", "as_typed",
+    "LOOK", "MAKE", "MEASURE", "Batch", "Device", "Download", "Folder", "Images", "Labelled", "Mirror", "Model", "Overrides",
+    "Peak", "Seed", "Shift", "Weights", "app", "as_typed",
 ]  # fmt: skip
 
 MAKE, MEASURE, LOOK = "Train and draw", "Measure", "Look up"
@@ -27,6 +27,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Model = Annotated[
+    str,
+    typer.Argument(help="A run's folder, an exported file, zoo:NAME, a diffusers folder, or the hub id of a run or pipeline."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, e.g. train.batch=64.")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import MAKE, Device, Overrides, Weights, app
+from .app import MAKE, Device, Model, Overrides, Weights, app
 
 __all__ = ["demo", "sample", "train"]
 
@@ -38,7 +38,7 @@ def train(
 
 @app.command(rich_help_panel=MAKE)
 def sample(
-    source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
+    source: Model,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. Default: the recipe's.")] = None,
     transition: Annotated[str | None, typer.Option(help="Sampler, see `quieten samplers`. Default: the recipe's.")] = None,
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="Number of samples.")] = 64,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import MEASURE, Device, Weights, app, as_typed
+from .app import MEASURE, Device, Model, Weights, app, as_typed
 
 __all__ = ["compare"]
 
@@ -15,7 +15,7 @@ __all__ = ["compare"]
 @app.command(rich_help_panel=MEASURE)
 def compare(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
+    source: Model,
     data: Annotated[
         str, typer.Argument(help="What samples should look like: a data set's name, a folder or zip, an .npz file.")
     ],

@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from .app import MEASURE, Device, Weights, app
+from .app import MEASURE, Device, Model, Weights, app
 
 __all__ = ["diagnose"]
 
@@ -16,7 +16,7 @@ T = TypeVar("T", int, float)
 
 @app.command(rich_help_panel=MEASURE)
 def diagnose(
-    source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
+    source: Model,
     data: Annotated[
         str | None, typer.Argument(help="Its data: a data set's name, a folder or zip of images, or an .npz file.")
     ] = None,

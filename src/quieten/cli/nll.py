@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from .app import MEASURE, Device, Weights, app
+from .app import MEASURE, Device, Model, Weights, app
 
 __all__ = ["nll"]
 
 
 @app.command(rich_help_panel=MEASURE)
 def nll(
-    source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
+    source: Model,
     data: Annotated[str, typer.Argument(help="A data set's name, a folder or zip of images, or an .npz file.")],
     estimator: Annotated[
         str, typer.Option(help="bound (in steps), continuous (the bound in continuous time), ode (likelihood of the ODE).")

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from .app import MAKE, Device, Weights, app
+from .app import MAKE, Device, Model, Weights, app
 
 __all__ = ["tune"]
 
 
 @app.command(rich_help_panel=MAKE)
 def tune(
-    source: Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")],
+    source: Model,
     data: Annotated[str, typer.Argument(help="What it was trained on: a data set's name, or a path.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the policy, each one evaluation. Default: 4.")] = None,
     method: Annotated[

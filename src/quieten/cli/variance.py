@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import MAKE, Device, Weights, app
+from .app import MAKE, Device, Model, Weights, app
 
 __all__ = ["fit", "show", "variance"]
 
@@ -18,7 +18,6 @@ variance = typer.Typer(
 )
 app.add_typer(variance, name="variance", rich_help_panel=MAKE)
 
-Model = Annotated[str, typer.Argument(help="A run's folder, an exported file, zoo:NAME, or a diffusers folder or hub id.")]
 Examples = Annotated[str, typer.Argument(help="What it was trained on: a data set's name, or a path.")]
 
 
