@@ -94,8 +94,8 @@ class Encoded(Process):
     @property
     def _remedy(self) -> str:
         if self.knows_score:
-            return "sample it with Ancestral(), of any eta, or EncodedFlow()"
-        return "sample it with Ancestral(), or train it with the counterterm 'split' for EncodedFlow()"
+            return "sample it with Ancestral(), of any eta, or EncodedFlow(): 'ancestral' and 'encoded-flow' by name"
+        return "sample it with Ancestral(), 'ancestral' by name, or train it with the counterterm 'split' for EncodedFlow()"
 
     def prior(self, lam: Level) -> Gaussian:
         return self.base.prior(lam)
