@@ -267,6 +267,16 @@ def test_from_pure_noise(name, process):
         within(1e-12, (a.x - b.x).abs().max(), f"{name}'s first step")
 
 
+@pytest.mark.parametrize("name", [*RUNGE_KUTTA, *FLOWING])
+def test_single_precision_is_enough_near_pure_noise(name):
+    """x / alpha is 20,000 at lam = -20: as a state in float32 it would keep no digit that x needs."""
+    data, grid = gaussian_data("vector", VP), torch.tensor([-20.0, *range(-9, 10)], dtype=torch.float64)
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    double = sample(data, x.double(), grid, EVERY[name])
+    single = sample(GaussianData(data.mean.float(), data.var.float(), VP), x, grid, EVERY[name])
+    within(2e-6, (single - double).abs().max() / double.abs().max(), f"{name} in float32, relative to float64")
+
+
 @pytest.mark.parametrize("name", [*AB, *EXPONENTIAL])
 def test_history_never_holds_pure_noise(name):
     grid = torch.tensor([-INF, -4.0, -2.0, 0.0, 1.0, 3.0, INF], dtype=torch.float64)
