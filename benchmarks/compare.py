@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from common import header
-from quieten.compare import compare
+from quieten.comparing.compare import compare
+from quieten.comparing.judge import Judge
+from quieten.comparing.lineup import Entrant
 from quieten.data import load
-from quieten.features import Extractor
-from quieten.judge import Judge
-from quieten.lineup import Entrant
-from quieten.source import open_source
+from quieten.metrics.features import Extractor
+from quieten.training.source import open_source
 
 __all__ = ["main"]
 

@@ -22,17 +22,17 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from common import header, interleaved
-from quieten.bound import VariationalBound
-from quieten.decoders import Flat, Pixels
 from quieten.denoiser import Preconditioned
-from quieten.encoded import Encoded
 from quieten.encoder import LearnedEncoder
+from quieten.encoding.encoded import Encoded
 from quieten.gaussian import spread_over
+from quieten.likelihoods.bound import VariationalBound
+from quieten.likelihoods.decoders import Flat, Pixels
+from quieten.networks.vdm_nets import EncoderUNet, ScoreUNet
 from quieten.noise import Draws
 from quieten.objective import Batch
 from quieten.process import VP
 from quieten.schedule import Linear
-from quieten.vdm_nets import EncoderUNet, ScoreUNet
 
 __all__ = ["main"]
 

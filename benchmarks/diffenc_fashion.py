@@ -25,18 +25,18 @@ from typing import Any
 import torch
 
 from common import header, interleaved
-from quieten.bound import VariationalBound
-from quieten.config import load_data, load_recipe, resolve
 from quieten.data import Dataset, Order, load
-from quieten.decoders import Flat
 from quieten.files import write_atomic
 from quieten.fit import train
 from quieten.likelihood import evaluate
+from quieten.likelihoods.bound import VariationalBound
+from quieten.likelihoods.decoders import Flat
 from quieten.noise import Draws
 from quieten.objective import Batch
-from quieten.plots import COLOURS, INK, figure_axes
-from quieten.runs import build_update
-from quieten.source import open_source
+from quieten.reports.plots import COLOURS, INK, figure_axes
+from quieten.training.config import load_data, load_recipe, resolve
+from quieten.training.runs import build_update
+from quieten.training.source import open_source
 
 __all__ = ["main"]
 

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from common import header, interleaved
 from quieten import VP, Draws, Preconditioned
-from quieten.critics import frozen, mean
-from quieten.energies import ResidualValue
 from quieten.imitation import MaxEntIRL
 from quieten.nets import UNet
 from quieten.noise import INITIAL
-from quieten.pairs import keyed, shuffled
-from quieten.policy import Policy, Rollout
-from quieten.policy_schedule import edm_grid
-from quieten.running_cost import Auxiliary
-from quieten.tuning import Settings
+from quieten.tuning.critics import frozen, mean
+from quieten.tuning.energies import ResidualValue
+from quieten.tuning.pairs import keyed, shuffled
+from quieten.tuning.policy import Policy, Rollout
+from quieten.tuning.policy_schedule import edm_grid
+from quieten.tuning.running_cost import Auxiliary
+from quieten.tuning.settings import Settings
 
 BARS = {
     "trajectory, in (T + 1) B D floats": ("at most", 1.1),

@@ -25,18 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import header
-from quieten.anomaly import Detector, Plan, unit
 from quieten.data import Order, load
 from quieten.denoiser import Preconditioned
 from quieten.files import write_atomic
 from quieten.metrics import auroc
-from quieten.mlp import MLP
+from quieten.metrics.scores import denoising_errors, neighbour_distance, reconstruction_error
+from quieten.networks.mlp import MLP
 from quieten.noise import Draws
 from quieten.objective import Batch, Denoising
-from quieten.plots import grid_image
 from quieten.process import VP
+from quieten.reports.plots import grid_image
 from quieten.schedule import Cosine
-from quieten.scores import denoising_errors, neighbour_distance, reconstruction_error
+from quieten.tuning.anomaly import Detector, Plan, unit
 
 PLANS = {
     "fashion-mnist": Plan(width=128, sampler_width=128, value_width=128, batch=128, pretrain=1000, iterations=400),

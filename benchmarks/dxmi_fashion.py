@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from common import header
-from quieten.adapters import merge
 from quieten.data import load
-from quieten.features import Extractor
 from quieten.files import write_atomic
 from quieten.metrics import Statistics, frechet
-from quieten.plots import save_grid
-from quieten.policies import load_policy
-from quieten.samplers import sampler
+from quieten.metrics.features import Extractor
+from quieten.reports.plots import save_grid
 from quieten.sampling import generate
-from quieten.source import Source, open_source
-from quieten.tune_start import Start, make_policy
+from quieten.solvers.samplers import sampler
+from quieten.training.source import Source, open_source
+from quieten.tuning.adapters import merge
+from quieten.tuning.stored import load_policy
+from quieten.tuning.tune_start import Start, make_policy
 from quieten.wrap import Clipped
 
 ROWS = "ddpm:4,ddpm:10,ddpm:100,ddim:4,ddim:10,dpm++:4,dpm++:10,start:4,start:10"

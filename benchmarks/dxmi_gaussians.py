@@ -26,17 +26,17 @@ from torch import Tensor, nn
 
 from common import header
 from quieten.denoiser import Preconditioned
-from quieten.energies import PerceptronValue, perceptron
 from quieten.files import write_atomic
 from quieten.imitation import MaxEntIRL
 from quieten.metrics import auroc, sliced_wasserstein
 from quieten.nets import Embedding
 from quieten.noise import Draws, Noise
 from quieten.oracle import MixtureData
-from quieten.policy import Policy
 from quieten.process import VP
 from quieten.schedule import Table
-from quieten.tuning import Settings
+from quieten.tuning.energies import PerceptronValue, perceptron
+from quieten.tuning.policy import Policy
+from quieten.tuning.settings import Settings
 
 T = 5
 BETAS = (0.02, 0.1, 0.3, 0.6, 0.9)  # data first

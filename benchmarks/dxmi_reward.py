@@ -29,26 +29,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import header
-from quieten.borrowed import EncoderValue
-from quieten.classify import NoisyClassifier
+from quieten.covariances.stored import fingerprint
 from quieten.data import Order, load
 from quieten.denoiser import Preconditioned
-from quieten.energies import PerceptronValue
-from quieten.features import Extractor
 from quieten.files import write_atomic
+from quieten.guiding.classify import NoisyClassifier
 from quieten.metrics import frechet
-from quieten.mlp import MLP
+from quieten.metrics.features import Extractor
+from quieten.networks.mlp import MLP
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch, Denoising
-from quieten.plots import save_grid
-from quieten.policies import save_policy
-from quieten.policy import Policy
 from quieten.process import VP
-from quieten.reward import RewardTuning, reward_settings, tune_to_reward
+from quieten.reports.plots import save_grid
 from quieten.schedule import Cosine
-from quieten.source import Source, open_source
-from quieten.tune_start import few_grid
-from quieten.variance import fingerprint
+from quieten.training.source import Source, open_source
+from quieten.tuning.borrowed import EncoderValue
+from quieten.tuning.energies import PerceptronValue
+from quieten.tuning.policy import Policy
+from quieten.tuning.reward import RewardTuning, reward_settings, tune_to_reward
+from quieten.tuning.stored import save_policy
+from quieten.tuning.tune_start import few_grid
 
 T = 4
 

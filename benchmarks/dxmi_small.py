@@ -30,11 +30,11 @@ from torch import Tensor
 from common import header
 from dxmi_fashion import drawn
 from quieten.data import load
-from quieten.features import Extractor
 from quieten.files import write_atomic
 from quieten.metrics import Statistics, frechet, memorisation
-from quieten.plots import save_grid
-from quieten.source import Source, open_source
+from quieten.metrics.features import Extractor
+from quieten.reports.plots import save_grid
+from quieten.training.source import Source, open_source
 
 ROWS = "ddpm:4,ddim:4,dpm++:4,start:4,ddpm:100"
 LONG = 50

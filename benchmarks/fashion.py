@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from common import header
-from quieten.config import build_grid
 from quieten.data import load
-from quieten.features import Extractor, Statistics
 from quieten.metrics import frechet
-from quieten.plots import save_grid
-from quieten.runs import load_with_recipe
-from quieten.samplers import sampler
+from quieten.metrics.features import Extractor, Statistics
+from quieten.reports.plots import save_grid
 from quieten.sampling import generate
+from quieten.solvers.samplers import sampler
+from quieten.training.config import build_grid
+from quieten.training.runs import load_with_recipe
 from quieten.wrap import Clipped, Counted, Extrapolated
 
 

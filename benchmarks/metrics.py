@@ -20,12 +20,12 @@ from torch import Tensor
 
 from common import header
 from quieten.data import load
-from quieten.features import Extractor, Statistics
 from quieten.metrics import Manifold, Result, energy_distance, frechet, frechet_distance, kid, memorisation, prdc
 from quieten.metrics import sliced_wasserstein as sliced
-from quieten.samplers import sampler
+from quieten.metrics.features import Extractor, Statistics
 from quieten.sampling import generate
-from quieten.source import open_source
+from quieten.solvers.samplers import sampler
+from quieten.training.source import open_source
 from quieten.wrap import Clipped
 
 AGREEMENT, STATED = 1e-6, 1.25

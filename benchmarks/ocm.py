@@ -18,10 +18,10 @@ from torch import nn
 
 from common import header, interleaved
 from quieten.covariance import HessianDiagonal, Residual
+from quieten.covariances.heads import Simple, make_head
+from quieten.covariances.matching import CovarianceMatching
 from quieten.denoiser import Preconditioned
-from quieten.heads import Simple, make_head
 from quieten.interop.network import Network
-from quieten.matching import CovarianceMatching
 from quieten.noise import Draws
 from quieten.objective import Batch
 from quieten.process import VP

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quieten import VP, Table
 from quieten.basis import DCT
-from quieten.grids import linear, take
+from quieten.solvers.grids import linear, take
 
 SIDE, STEPS = 8, (5, 10, 25, 50, 100)
 TABLE = Table.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))

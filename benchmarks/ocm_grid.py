@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import header, interleaved
-from quieten.grids import shortest_path, step_costs
+from quieten.solvers.grids import shortest_path, step_costs
 
 __all__ = ["main"]
 

@@ -28,20 +28,20 @@ from torch import Tensor
 
 from common import header
 from quieten.covariance import VarianceSource
+from quieten.covariances.stored import fingerprint, load_variance, variance_names
 from quieten.data import Dataset, Order, load, to_pixels
-from quieten.decoders import Decoder, Discretised
 from quieten.denoiser import Denoiser
-from quieten.features import Extractor
 from quieten.files import write_atomic
-from quieten.grids import dp_vb, edge_costs, linear, take
 from quieten.likelihood import evaluate, fit_decoder
+from quieten.likelihoods.decoders import Decoder, Discretised
 from quieten.metrics import Result, frechet, sliced_wasserstein
+from quieten.metrics.features import Extractor
 from quieten.noise import Draws
-from quieten.plots import save_grid
+from quieten.reports.plots import save_grid
 from quieten.sampling import generate
-from quieten.source import open_source
+from quieten.solvers.grids import dp_vb, edge_costs, linear, take
+from quieten.training.source import open_source
 from quieten.transition import Ancestral, Hushed, Transition
-from quieten.variance import fingerprint, load_variance, variance_names
 from quieten.wrap import Counted, WithCovariance
 
 VARIANCES = ("small", "big", "analytic", "sn", "npr", "ocm", "ocm-dct")
@@ -217,7 +217,7 @@ class Bench:
 
     @cached_property
     def _statistics(self) -> Any:
-        from quieten.features import Statistics
+        from quieten.metrics.features import Statistics
 
         return Statistics.of(self.extractor.extract(self.reference), self.extractor.hash)
 

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from common import header, interleaved
 from quieten import VE, VP, Clipped, Counted, MixtureData, Preconditioned, Process, Table, keep_freed_memory, sample
 from quieten.guidance import Gradient, Guided
-from quieten.plms import PLMS
-from quieten.plots import pareto
-from quieten.splits import split
+from quieten.guiding.splits import split
+from quieten.reports.plots import pareto
+from quieten.solvers.plms import PLMS
 
 __all__ = ["main"]
 

@@ -23,21 +23,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common import header, interleaved
-from quieten.classify import NoisyClassifier
-from quieten.config import build_grid
 from quieten.data import load
-from quieten.features import Extractor, Statistics
 from quieten.files import write_atomic
 from quieten.guidance import Guided
-from quieten.guides import Classified
+from quieten.guiding.classify import NoisyClassifier
+from quieten.guiding.guides import Classified
+from quieten.guiding.splits import SPLITS, split
 from quieten.metrics import frechet_distance
+from quieten.metrics.features import Extractor, Statistics
 from quieten.nets import Classifier
-from quieten.plots import pareto, save_grid
-from quieten.runs import load_with_recipe
-from quieten.samplers import sampler
+from quieten.reports.plots import pareto, save_grid
 from quieten.sampling import generate
-from quieten.splits import SPLITS, split
-from quieten.weights import packed
+from quieten.solvers.samplers import sampler
+from quieten.training.config import build_grid
+from quieten.training.runs import load_with_recipe
+from quieten.training.weights import packed
 from quieten.wrap import Clipped, Counted
 
 NAME = "fashion-mnist"

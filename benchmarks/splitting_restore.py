@@ -20,19 +20,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common import header
+from quieten.covariances.stored import load_variance
 from quieten.data import load
 from quieten.denoiser import Denoiser
 from quieten.guidance import Guided
-from quieten.measurements import Consistent, Downsample, Mask, Measured, Operator
+from quieten.guiding.measurements import Consistent, Downsample, Mask, Measured, Operator
+from quieten.guiding.splits import SPLITS, split
 from quieten.nets import Classifier
 from quieten.noise import Noise
-from quieten.plots import save_grid
-from quieten.samplers import sampler
+from quieten.reports.plots import save_grid
 from quieten.sampling import generate
-from quieten.source import open_source
-from quieten.splits import SPLITS, split
+from quieten.solvers.samplers import sampler
+from quieten.training.source import open_source
 from quieten.transition import Transition
-from quieten.variance import load_variance
 from quieten.wrap import Clipped, Counted, WithCovariance
 
 STD = 0.02

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from common import Timing, header, interleaved
-from quieten.config import load_data, load_recipe, resolve
 from quieten.data import Dataset
-from quieten.feed import examples
 from quieten.noise import Draws
-from quieten.runs import build_update
 from quieten.target import stable_target
+from quieten.training.config import load_data, load_recipe, resolve
+from quieten.training.feed import examples
+from quieten.training.runs import build_update
 
 __all__ = ["main"]
 

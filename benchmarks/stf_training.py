@@ -27,18 +27,18 @@ from torch import Tensor
 
 from common import header
 from quieten import load
-from quieten.config import build_schedule, load_data, load_recipe
 from quieten.denoiser import edm
-from quieten.diagnosis import level_density
-from quieten.mlp import MLP
+from quieten.networks.mlp import MLP
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch, Denoising, Noised, Regression, Target
 from quieten.oracle import MixtureData
-from quieten.plots import COLOURS, INK, figure_axes
-from quieten.pools import BankPool, ReferencePool
 from quieten.process import VE
+from quieten.reports.plots import COLOURS, INK, figure_axes
 from quieten.schedule import LogNormal, Schedule
 from quieten.target import StableTarget
+from quieten.targets.diagnosis import level_density
+from quieten.targets.pools import BankPool, ReferencePool
+from quieten.training.config import build_schedule, load_data, load_recipe
 
 __all__ = ["main"]
 

@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import Timing, header
-from quieten import parts
-from quieten.config import Recipe, load_recipe, parse_recipe, resolve
 from quieten.data import Dataset, load
 from quieten.denoiser import Denoiser
 from quieten.fit import fit
 from quieten.nets import UNet
 from quieten.noise import Draws
 from quieten.objective import Batch, Denoising
-from quieten.runs import Run
 from quieten.schedule import Cosine
+from quieten.training import parts
+from quieten.training.config import Recipe, load_recipe, parse_recipe, resolve
+from quieten.training.runs import Run
 
 __all__ = ["main"]
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from common import header
-from quieten.bundled import ZOO, bundles
 from quieten.data import load
-from quieten.features import Extractor, Statistics
 from quieten.files import write_atomic
 from quieten.metrics import Result, frechet
-from quieten.policies import load_policy, policy_names
-from quieten.samplers import sampler
+from quieten.metrics.features import Extractor, Statistics
 from quieten.sampling import generate
-from quieten.source import Source, open_source
-from quieten.tune_loop import draw
+from quieten.solvers.samplers import sampler
+from quieten.training.bundled import ZOO, bundles
+from quieten.training.source import Source, open_source
+from quieten.tuning.stored import load_policy, policy_names
+from quieten.tuning.tune_loop import draw
 from quieten.wrap import Clipped
 
 BATCH = 250

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from quieten import VE, Denoiser, karras
 from quieten.gaussian import Gaussian
-from quieten.pairs import Pairs
-from quieten.policy import Policy
-from quieten.policy_schedule import Consistency
+from quieten.tuning.pairs import Pairs
+from quieten.tuning.policy import Policy
+from quieten.tuning.policy_schedule import Consistency
 
 __all__ = [
     "Affine", "Asked", "Corners", "Linear", "Quadratic", "Quadratics", "Still",

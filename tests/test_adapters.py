@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from helpers import refuses, within
-from quieten.adapters import adapted, adapters, inject, load_adapters, merge, remove
-from quieten.mlp import MLP
 from quieten.nets import UNet
+from quieten.networks.mlp import MLP
+from quieten.tuning.adapters import adapted, adapters, inject, load_adapters, merge, remove
 
 
 def unet() -> nn.Module:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from helpers import gaussian_data, refuses, within
-from quieten.adaptive import DORMAND_PRINCE, RK45, Effort, angle
 from quieten.denoiser import Preconditioned, ve, vp
 from quieten.gaussian import Gaussian
 from quieten.oracle import GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP
-from quieten.samplers import sampler
 from quieten.sampling import generate, sample, trajectory
 from quieten.schedule import Rectified, Table, karras
 from quieten.solver import RungeKutta
+from quieten.solvers.adaptive import DORMAND_PRINCE, RK45, Effort, angle
+from quieten.solvers.samplers import sampler
 from quieten.wrap import Counted
 
 pytestmark = pytest.mark.usefixtures("one_thread")

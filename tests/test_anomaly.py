@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from helpers import refuses, within
-from quieten.anomaly import Detector, Plan, _sampler, exponential, image_scores, perturbed, points, unit, upsampled, walk
 from quieten.metrics import auroc
-from quieten.reconstruction import autoencoder
+from quieten.tuning.anomaly import Detector, Plan, _sampler, exponential, image_scores, perturbed, points, unit, upsampled, walk
+from quieten.tuning.reconstruction import autoencoder
 
 SMALL = Plan(latent=3, width=32, sampler_width=32, value_width=32, pretrain=200, iterations=40, batch=64, T=3, lr_energy=1e-3)
 

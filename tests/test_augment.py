@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import refuses, within
-from quieten.augment import LABELS, Dihedral, EDMAugment, _back, _warped, isometric, mirrored
-from quieten.config import build_denoiser
-from quieten.feed import examples
 from quieten.noise import Noise
+from quieten.training.augment import LABELS, Dihedral, EDMAugment, _back, _warped, isometric, mirrored
+from quieten.training.config import build_denoiser
+from quieten.training.feed import examples
 from toy import toy_data, toy_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

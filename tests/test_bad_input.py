@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 import quieten as q
 from quieten.cli import main
-from quieten.config import load_recipe
 from quieten.data import load
 from quieten.fit import fit
 from quieten.report import Report
-from quieten.runs import Run, export
-from quieten.runs import load as load_run
+from quieten.training.config import load_recipe
+from quieten.training.runs import Run, export
+from quieten.training.runs import load as load_run
 from toy import toy_data, toy_run
 
 INF = math.inf
@@ -303,7 +303,7 @@ def test_a_full_disk_is_one_line_and_damages_nothing(
 ) -> None:
     folder, no_room = disk
     if what == "arrays":  # only the arrays are to fail
-        monkeypatch.setattr("quieten.plots.save_grid", lambda *_, **__: None)
+        monkeypatch.setattr("quieten.reports.plots.save_grid", lambda *_, **__: None)
         monkeypatch.setattr("quieten.commands.sample._target", lambda _, path, __: path)
     before = contents(folder)
     weights = load_file(folder / "toy" / "ema.safetensors")

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from conftest import golden
 from helpers import refuses, within
 from quieten.basis import DCT
-from quieten.bound import VariationalBound
-from quieten.decoders import Flat, Pixels, Plain
 from quieten.denoiser import Denoiser, Preconditioned
-from quieten.encoded import Encoded, EncodedFlow, Moving
 from quieten.encoder import Contraction, Encoder, LearnedEncoder
+from quieten.encoding.encoded import Encoded, EncodedFlow, Moving
 from quieten.gaussian import Gaussian, spread_over
-from quieten.learned import Monotone, Polynomial
 from quieten.likelihood import Bound, elbo
+from quieten.likelihoods.bound import VariationalBound
+from quieten.likelihoods.decoders import Flat, Pixels, Plain
+from quieten.likelihoods.learned import Monotone, Polynomial
+from quieten.likelihoods.widened import Widened
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch
 from quieten.oracle import GaussianData
 from quieten.process import FLOW, VE, VP
-from quieten.samplers import SAMPLERS, sampler
 from quieten.sampling import trajectory
 from quieten.schedule import Linear, LogNormal
+from quieten.solvers.samplers import SAMPLERS, sampler
 from quieten.transition import Ancestral, Langevin
-from quieten.widened import Widened
 
 S2, TOP, BOTTOM = 0.25, 13.3, -5.0
 

@@ -8,17 +8,17 @@ import torch
 
 from conftest import Type
 from helpers import refuses, within
-from quieten.bound import VariationalBound
-from quieten.config import build_denoiser, load_recipe, recipe_names, resolve, with_overrides
 from quieten.data import Dataset
-from quieten.decoders import Flat, Nearby
 from quieten.fit import fit
+from quieten.likelihoods.bound import VariationalBound
+from quieten.likelihoods.decoders import Flat, Nearby
 from quieten.noise import Draws
 from quieten.objective import Batch
-from quieten.runs import Run, build_update, export, load_companions
 from quieten.sampling import generate
 from quieten.schedule import Linear
-from quieten.source import open_source
+from quieten.training.config import build_denoiser, load_recipe, recipe_names, resolve, with_overrides
+from quieten.training.runs import Run, build_update, export, load_companions
+from quieten.training.source import open_source
 from quieten.transition import Ancestral
 from toy import toy_data, toy_recipe, toy_run
 

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from quieten.classify import NoisyClassifier, accuracy, lessons, train_classifier
 from quieten.data import Dataset, load
+from quieten.guiding.classify import NoisyClassifier, accuracy, lessons, train_classifier
 from quieten.nets import Classifier
 
 

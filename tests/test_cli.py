@@ -23,7 +23,7 @@ from conftest import Ran, Type
 from helpers import within
 from quieten.cli import main
 from quieten.data import Dataset
-from quieten.runs import Checkpoint, Run, build_update, export
+from quieten.training.runs import Checkpoint, Run, build_update, export
 from toy import toy_data, toy_run
 
 SRC = str(Path(quieten.__file__).parents[1])
@@ -362,7 +362,7 @@ def test_grids(typed: Type, tmp_path: Path, toy: Path, grid: str) -> None:
 
 def test_exported_files_and_the_zoo(typed: Type, tmp_path: Path, toy: Path, monkeypatch: Any) -> None:
     file = export(Run.open(toy), tmp_path / "toy.safetensors", half=False)
-    monkeypatch.setattr("quieten.bundled.ZOO", tmp_path)
+    monkeypatch.setattr("quieten.training.bundled.ZOO", tmp_path)
     for source, name in ((toy, "run"), (file, "file"), ("zoo:toy", "zoo")):
         assert figures(typed("sample", source, "-n", 4, "--out", tmp_path / f"{name}.png"))["nfe"] == 2
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("run", "file", "zoo")}) == 1

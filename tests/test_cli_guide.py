@@ -19,14 +19,14 @@ from PIL import Image
 import quieten
 import quieten.commands.sample
 from conftest import Ran, Type
-from quieten.bundled import ZOO
-from quieten.classify import NoisyClassifier
 from quieten.cli import main
+from quieten.guiding.classify import NoisyClassifier
+from quieten.guiding.splits import SPLITS
 from quieten.nets import Classifier
 from quieten.process import PROCESSES, VP
-from quieten.runs import Checkpoint, build_update
-from quieten.splits import SPLITS
-from quieten.weights import packed, read_tensors
+from quieten.training.bundled import ZOO
+from quieten.training.runs import Checkpoint, build_update
+from quieten.training.weights import packed, read_tensors
 from toy import toy_run
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(quieten.__file__).parents[1]), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}

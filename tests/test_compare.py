@@ -21,23 +21,23 @@ from torch import Tensor
 import quieten
 from conftest import Type
 from helpers import refuses
-from quieten.compare import Cell, Contender, compare
+from quieten.comparing.compare import Cell, Contender, compare
+from quieten.comparing.judge import Judge, as_images, digest
+from quieten.comparing.lineup import Entrant, forecast, plain, standard
+from quieten.covariances.fit import PLAN, fit_variance
+from quieten.covariances.stored import fingerprint
 from quieten.data import Dataset, load
-from quieten.features import Extractor
-from quieten.judge import Judge, as_images, digest
-from quieten.lineup import Entrant, forecast, plain, standard
 from quieten.metrics import frechet
+from quieten.metrics.features import Extractor
 from quieten.oracle import GaussianData
-from quieten.policies import save_policy
-from quieten.policy import Policy
 from quieten.process import VP
-from quieten.runs import Checkpoint, Run, build_update
-from quieten.samplers import SAMPLERS, sampler
 from quieten.schedule import karras
-from quieten.source import open_source
+from quieten.solvers.samplers import SAMPLERS, sampler
+from quieten.training.runs import Checkpoint, Run, build_update
+from quieten.training.source import open_source
 from quieten.transition import Ancestral
-from quieten.variance import fingerprint
-from quieten.variance_fit import PLAN, fit_variance
+from quieten.tuning.policy import Policy
+from quieten.tuning.stored import save_policy
 from quieten.wrap import Counted
 from toy import toy_run
 

@@ -15,13 +15,13 @@ from PIL import Image
 
 from browser import browser
 from helpers import refuses
-from quieten.chart import Point, legend, scatter
-from quieten.compare import Contender, Row
-from quieten.compare_report import Facts, page, summary
+from quieten.comparing.compare import Contender, Row
 from quieten.denoiser import Denoiser
 from quieten.metrics import Protocol, Result
 from quieten.oracle import GaussianData
 from quieten.report import Report
+from quieten.reports.chart import Point, legend, scatter
+from quieten.reports.compare_report import Facts, page, summary
 from quieten.wrap import Counted
 from test_report import Page
 

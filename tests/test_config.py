@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from quieten import Batch, Draws, Table, Update, generate
-from quieten.config import (
+from quieten.covariances.fit import fit_variance
+from quieten.training.config import (
     build_denoiser,
     build_grid,
     build_objective,
@@ -25,9 +26,8 @@ from quieten.config import (
     resolve,
     with_overrides,
 )
-from quieten.parts import PARTS, register
-from quieten.tune_start import Start, start_of
-from quieten.variance_fit import fit_variance
+from quieten.training.parts import PARTS, register
+from quieten.tuning.tune_start import Start, start_of
 from toy import toy_data, toy_recipe
 
 
@@ -222,7 +222,9 @@ class Net(nn.Module):
 
 
 def test_registered_parts_and_sections_take_options_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quieten.parts.PARTS", {part: dict(kinds) for part, kinds in PARTS.items() if part != "target"})
+    monkeypatch.setattr(
+        "quieten.training.parts.PARTS", {part: dict(kinds) for part, kinds in PARTS.items() if part != "target"}
+    )
     register("net", "gain", Net)
     recipe = toy_recipe("model.net={kind: gain, gain: 2}")
     assert recipe.model.net.options == {"gain": 2.0}

@@ -10,9 +10,9 @@ from conftest import golden
 from helpers import f64, gaussian_data, refuses, within
 from quieten.basis import DCT
 from quieten.covariance import Analytic, Fisher, HessianDiagonal, Residual, SecondMoment, Unit, VarianceSource
+from quieten.covariances.jacobian import Probed, posterior_covariance
 from quieten.denoiser import Denoiser
 from quieten.gaussian import POINT, Gaussian
-from quieten.jacobian import Probed, posterior_covariance
 from quieten.oracle import GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP
 from quieten.sampling import generate

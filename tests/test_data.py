@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from quieten import idx, pictures
 from quieten.data import Dataset, LazyImages, Order, emoji, load, to_pixels
-from quieten.emoji import FONT, GROUPS, emoji_groups
+from quieten.datasets import idx, pictures
+from quieten.datasets.emoji import FONT, GROUPS, emoji_groups
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from helpers import refuses, within
-from quieten.decoders import PIXELS, Dequantised, Discretised, Flat, Pixels, Plain, log_discretised_normal
 from quieten.gaussian import POINT, Gaussian
+from quieten.likelihoods.decoders import PIXELS, Dequantised, Discretised, Flat, Pixels, Plain, log_discretised_normal
 from quieten.noise import Draws
 from quieten.process import FLOW, VE, VP
 from quieten.transition import Step

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from helpers import f64, gaussian_data, refuses, within
-from quieten.adaptive import RK45
-from quieten.decoders import Plain
-from quieten.density import log_likelihood
-from quieten.encoded import Encoded, EncodedFlow, Moving
+from quieten.encoding.encoded import Encoded, EncodedFlow, Moving
 from quieten.gaussian import Gaussian, spread_over
 from quieten.likelihood import elbo
+from quieten.likelihoods.decoders import Plain
+from quieten.likelihoods.density import log_likelihood
 from quieten.noise import Draws, Noise
 from quieten.oracle import GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP, Level, Process
 from quieten.sampling import trajectory
 from quieten.schedule import Linear, karras
+from quieten.solvers.adaptive import RK45
 
 PROCESSES = pytest.mark.parametrize("process", [VP, VE, FLOW], ids=str)
 

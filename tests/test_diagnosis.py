@@ -11,10 +11,10 @@ from PIL import Image
 
 from conftest import Type
 from helpers import f64, refuses, within
-from quieten.diagnosis import level_density, network_loss, target_variance
 from quieten.oracle import FiniteData, GaussianData
 from quieten.process import VE, VP
 from quieten.schedule import LogNormal
+from quieten.targets.diagnosis import level_density, network_loss, target_variance
 from test_cli import TINY
 from test_objective import Wrong
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quieten import Batch, Denoising, Draws
-from quieten.config import Recipe, build_denoising
 from quieten.denoiser import Denoiser
 from quieten.fit import fit
-from quieten.parts import register
-from quieten.runs import Run
+from quieten.training.config import Recipe, build_denoising
+from quieten.training.parts import register
+from quieten.training.runs import Run
 from toy import toy_data, toy_run
 
 

@@ -9,12 +9,12 @@ import torch
 
 from guided_toy import STARTS, class_guidance, geometric, toy
 from helpers import refuses, within
-from quieten.dpm import Singlestep, UniPC
 from quieten.oracle import GaussianData
 from quieten.process import FLOW, VE, VP
 from quieten.sampling import sample
 from quieten.schedule import Table, karras
 from quieten.solver import RK4
+from quieten.solvers.dpm import Singlestep, UniPC
 from quieten.split import Split
 from quieten.transition import Ancestral
 from quieten.wrap import Counted

@@ -12,8 +12,8 @@ from dxmi_toys import Asked, Linear, Quadratic, Still
 from helpers import refuses
 from quieten import karras
 from quieten.imitation import MaxEntIRL
-from quieten.policy import Policy
-from quieten.tuning import Settings
+from quieten.tuning.policy import Policy
+from quieten.tuning.settings import Settings
 
 
 def ready(settings=None, table=None, **options) -> MaxEntIRL:

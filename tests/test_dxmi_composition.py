@@ -12,15 +12,15 @@ from torch import nn
 from dxmi_toys import Still
 from helpers import gaussian_data, within
 from quieten import DCT, VE, VP, Ancestral, Draws, Noise, Preconditioned, WithCovariance, generate, karras
-from quieten.adapters import adapted, inject
-from quieten.encoded import Encoded
-from quieten.energies import PerceptronValue, ResidualValue
+from quieten.encoding.encoded import Encoded
 from quieten.imitation import MaxEntIRL
 from quieten.interop.network import Network
 from quieten.nets import UNet
-from quieten.policy import Policy
-from quieten.policy_schedule import edm_grid
-from quieten.tuning import Settings
+from quieten.tuning.adapters import adapted, inject
+from quieten.tuning.energies import PerceptronValue, ResidualValue
+from quieten.tuning.policy import Policy
+from quieten.tuning.policy_schedule import edm_grid
+from quieten.tuning.settings import Settings
 
 QUICK = Settings(lr_policy=1e-3, lr_value=1e-3, n_generator="all")
 

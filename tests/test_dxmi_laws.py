@@ -13,10 +13,10 @@ from dxmi_toys import Corners, Quadratics, affine_policy, corners, evaluated, ma
 from helpers import within
 from quieten import VE, VP, Ancestral, Draws, MixtureData, Noise, karras
 from quieten.imitation import MaxEntIRL, Settings
-from quieten.pairs import keyed
-from quieten.policy import Policy, Rollout
-from quieten.policy_gradient import FullGradient
-from quieten.running_cost import Auxiliary, expected_cost, running_cost, time_costs
+from quieten.tuning.pairs import keyed
+from quieten.tuning.policy import Policy, Rollout
+from quieten.tuning.policy_gradient import FullGradient
+from quieten.tuning.running_cost import Auxiliary, expected_cost, running_cost, time_costs
 
 S2 = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
 A, B, RHO = (torch.tensor(t, dtype=torch.float64) for t in ([0.7, 0.9, 1.1], [0.2, -0.1, 0.3], [0.6, 0.4, 0.3]))

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from helpers import refuses, within
-from quieten.decoders import Plain
 from quieten.denoiser import Denoiser
-from quieten.encoded import Encoded, Moving
-from quieten.encoded_costs import encoded_costs, widened_costs
 from quieten.encoder import Contraction, Encoder, LearnedEncoder
+from quieten.encoding.encoded import Encoded, Moving
+from quieten.encoding.encoded_costs import encoded_costs, widened_costs
 from quieten.gaussian import Gaussian, spread_over
-from quieten.grids import dp_vb, edge_costs, take
 from quieten.likelihood import elbo
+from quieten.likelihoods.decoders import Plain
 from quieten.noise import Draws, Noise
 from quieten.oracle import GaussianData
 from quieten.process import VP, Process
+from quieten.solvers.grids import dp_vb, edge_costs, take
 from quieten.transition import Ancestral
 
 CHAIN = torch.linspace(8.0, -5.0, 14, dtype=torch.float64)

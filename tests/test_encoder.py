@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 from helpers import refuses, within
-from quieten.bound import VariationalBound
 from quieten.denoiser import Preconditioned
-from quieten.encoded import Encoded, EncodedFlow, Moving
 from quieten.encoder import Contraction, LearnedEncoder, finite_rate
+from quieten.encoding.encoded import Encoded, EncodedFlow, Moving
 from quieten.gaussian import Gaussian, scalar, spread_over
+from quieten.likelihoods.bound import VariationalBound
 from quieten.nets import UNet
+from quieten.networks.vdm_nets import EncoderUNet, ScoreUNet
 from quieten.noise import Draws
 from quieten.objective import Batch
-from quieten.policy import Policy
 from quieten.process import FLOW, VP
 from quieten.schedule import Linear
 from quieten.transition import Ancestral
-from quieten.vdm_nets import EncoderUNet, ScoreUNet
+from quieten.tuning.policy import Policy
 
 
 class Smooth(nn.Module):

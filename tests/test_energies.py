@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import refuses, within
-from quieten.energies import PerceptronValue, ResidualValue, default_value, perceptron, read
-from quieten.reconstruction import AutoencoderEnergy, autoencoder
+from quieten.tuning.energies import PerceptronValue, ResidualValue, default_value, perceptron, read
+from quieten.tuning.reconstruction import AutoencoderEnergy, autoencoder
 
 NETS = {
     "perceptron": lambda: PerceptronValue(3, T=4, width=16),

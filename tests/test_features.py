@@ -16,9 +16,9 @@ from torch import Tensor
 
 from conftest import Type
 from quieten.data import load
-from quieten.features import Extractor, Statistics, gather_rows, statistics_of
 from quieten.metrics import Result, energy_distance, frechet, kid, memorisation, prdc, sliced_wasserstein
-from quieten.weights import read_tensors
+from quieten.metrics.features import Extractor, Statistics, gather_rows, statistics_of
+from quieten.training.weights import read_tensors
 
 SHORT = ("--images", 640, "--batch", 32, "--width", 8, "--device", "cpu")
 

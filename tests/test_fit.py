@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import quieten.watch
-from quieten.config import with_overrides
+import quieten.training.watch
 from quieten.data import Dataset
 from quieten.fit import fit, train
-from quieten.loop import learning_rate
-from quieten.runs import Run
-from quieten.schema import Train
+from quieten.training.config import with_overrides
+from quieten.training.loop import learning_rate
+from quieten.training.runs import Run
+from quieten.training.schema import Train
 from toy import toy_data, toy_run
 
 
@@ -261,7 +261,7 @@ def test_skipped_steps_are_counted_in_the_metrics(tmp_path: Path) -> None:
 
 
 def test_training_gives_up_when_no_step_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quieten.watch, "HOPELESS", 6)
+    monkeypatch.setattr(quieten.training.watch, "HOPELESS", 6)
     run = toy_run(tmp_path / "run", "train.on_nan=skip", "train.log_every=3")
     with pytest.raises(ValueError, match="none of the last 6 steps had a finite loss"):
         fit(run, data=poisoned(*range(30)))

@@ -15,15 +15,15 @@ from helpers import within
 from quieten.denoiser import Denoiser
 from quieten.gaussian import Gaussian
 from quieten.guidance import Gradient, Guided
-from quieten.kick import Force, Span, StagedKick
+from quieten.guiding.kick import Force, Span, StagedKick
+from quieten.guiding.splits import split
 from quieten.oracle import GaussianData, MixtureData
-from quieten.plms import PLMS
 from quieten.process import VE, VP, Process
 from quieten.sampling import sample, trajectory
 from quieten.schedule import Table
 from quieten.solver import RK4
+from quieten.solvers.plms import PLMS
 from quieten.split import Memory
-from quieten.splits import split
 from quieten.transition import Ancestral, Transition
 from quieten.wrap import Clipped
 

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from helpers import refuses, within
-from quieten.decoders import Discretised, Plain
-from quieten.grids import (
+from quieten.likelihood import elbo
+from quieten.likelihoods.decoders import Discretised, Plain
+from quieten.noise import Draws, Noise
+from quieten.oracle import GaussianData, MixtureData
+from quieten.process import FLOW, VE, VP, Process
+from quieten.schedule import Table
+from quieten.solvers.grids import (
     SPACINGS,
     dp_seg,
     dp_vb,
@@ -27,11 +32,6 @@ from quieten.grids import (
     step_costs,
     take,
 )
-from quieten.likelihood import elbo
-from quieten.noise import Draws, Noise
-from quieten.oracle import GaussianData, MixtureData
-from quieten.process import FLOW, VE, VP, Process
-from quieten.schedule import Table
 from quieten.transition import Ancestral
 
 Golden = Callable[[str], dict[str, np.ndarray]]

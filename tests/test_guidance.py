@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from helpers import gaussian_data, refuses, within
 from quieten.denoiser import Denoiser
-from quieten.encoded import Encoded
+from quieten.encoding.encoded import Encoded
 from quieten.gaussian import Gaussian, spread_over
 from quieten.guidance import ClassifierFree, Gradient, Guidance, Guided, Likelihood
-from quieten.guides import Classified, Energy, Similarity
-from quieten.measurements import Downsample, Measured
+from quieten.guiding.guides import Classified, Energy, Similarity
+from quieten.guiding.measurements import Downsample, Measured
 from quieten.noise import Noise
 from quieten.oracle import GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP, Process
-from quieten.samplers import SAMPLERS, sampler
 from quieten.sampling import generate, sample
 from quieten.schedule import karras
+from quieten.solvers.samplers import SAMPLERS, sampler
 from quieten.wrap import Counted, Extrapolated
 
 SHAPE = (2, 4, 4)
@@ -429,7 +429,7 @@ def test_another_process_is_the_same_image() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return logits(x, 0.0) + t[:, None]
 
-    from quieten.classify import NoisyClassifier
+    from quieten.guiding.classify import NoisyClassifier
 
     classifier, x = NoisyClassifier(Net()), states(3)
     a, b = (Classified(classifier, 1).gradient(GaussianData(torch.zeros(SHAPE), 1.0, p), y, LAM)

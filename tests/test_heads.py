@@ -7,10 +7,10 @@ from torch import nn
 from conftest import golden
 from helpers import refuses
 from quieten.covariance import HessianDiagonal
+from quieten.covariances.heads import Complex, Separate, Simple, make_head, network_of, tap_of
 from quieten.denoiser import Preconditioned
-from quieten.heads import Complex, Separate, Simple, make_head, network_of, tap_of
-from quieten.mlp import MLP
 from quieten.nets import UNet
+from quieten.networks.mlp import MLP
 from quieten.oracle import GaussianData
 from quieten.process import VP
 from quieten.schedule import Table

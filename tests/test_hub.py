@@ -13,10 +13,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from conftest import Type
 from helpers import refuses
-from quieten.hub import from_pretrained, push_to_hub
-from quieten.runs import Checkpoint, Run, build_update
-from quieten.source import open_source
-from quieten.variance import fingerprint, load_variance, make_variance, save_variance
+from quieten.covariances.stored import fingerprint, load_variance, make_variance, save_variance
+from quieten.training.hub import from_pretrained, push_to_hub
+from quieten.training.runs import Checkpoint, Run, build_update
+from quieten.training.source import open_source
 from toy import toy_run
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from helpers import refuses
 from quieten import data as data_module
-from quieten import idx, pictures
-from quieten.config import load_data, load_recipe
 from quieten.data import Dataset, MappedImages, load
-from quieten.image_sets import CIFAR_CLASSES, npz_member
+from quieten.datasets import idx, pictures
+from quieten.datasets.image_sets import CIFAR_CLASSES, npz_member
+from quieten.training.config import load_data, load_recipe
 
 RNG = np.random.default_rng(0)
 

@@ -13,10 +13,10 @@ from helpers import within
 from quieten import Draws, Noise, karras
 from quieten.gaussian import Gaussian
 from quieten.imitation import MaxEntIRL
-from quieten.pairs import gathered
-from quieten.policy import Policy, Rollout
-from quieten.running_cost import Auxiliary, expected_cost, running_cost
-from quieten.tuning import PRESETS, Settings
+from quieten.tuning.pairs import gathered
+from quieten.tuning.policy import Policy, Rollout
+from quieten.tuning.running_cost import Auxiliary, expected_cost, running_cost
+from quieten.tuning.settings import PRESETS, Settings
 
 CASES = {
     "td_time_T5": {"tau1": 0.1, "tau2": 0.1, "gamma": 1.0, "avr": 0.99, "entropy_in_value": 0, "velocity_in_value": 0},

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quieten.data import to_pixels
-from quieten.features import Extractor
-from quieten.inception import RESIZING, FIDInception, inception, max3, mean3, resized_as_tf1
+from quieten.metrics.features import Extractor
+from quieten.metrics.inception import RESIZING, FIDInception, inception, max3, mean3, resized_as_tf1
 
 
 def images(n: int, channels: int = 3, side: int = 8, seed: int = 0) -> Tensor:

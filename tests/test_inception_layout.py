@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import within
-from quieten.inception import RESIZING, FIDInception, inception, resized_as_tf1
+from quieten.metrics.inception import RESIZING, FIDInception, inception, resized_as_tf1
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,7 @@ import torch
 
 from conftest import golden
 from helpers import refuses, within
-from quieten.learned import Monotone, Polynomial, Shaped
+from quieten.likelihoods.learned import Monotone, Polynomial, Shaped
 from quieten.schedule import Linear
 
 U = torch.linspace(0, 1, 41, dtype=torch.float64)

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from helpers import DATA, f64, gaussian_data, refuses, within
 from quieten.covariance import Unit
-from quieten.decoders import Dequantised, Discretised, Flat, Pixels, Plain
 from quieten.denoiser import Denoiser, Preconditioned
-from quieten.encoded import Encoded
 from quieten.encoder import Contraction
+from quieten.encoding.encoded import Encoded
 from quieten.gaussian import POINT, Gaussian, scalar
-from quieten.grids import linear, take
 from quieten.likelihood import Bound, elbo
+from quieten.likelihoods.decoders import Dequantised, Discretised, Flat, Pixels, Plain
 from quieten.noise import Draws, Noise
 from quieten.oracle import FiniteData, GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP, Process
 from quieten.schedule import Cosine, Linear, LinearBeta, LogNormal, Rectified, Table, karras
 from quieten.solver import Exponential, Heun
+from quieten.solvers.grids import linear, take
 from quieten.transition import Ancestral, Step, Transition
 from quieten.wrap import WithCovariance
 

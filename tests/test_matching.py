@@ -11,13 +11,13 @@ from conftest import golden
 from helpers import f64, gaussian_data, refuses, within
 from quieten.basis import DCT
 from quieten.covariance import HessianDiagonal, Residual, SecondMoment
+from quieten.covariances.heads import make_head
+from quieten.covariances.jacobian import product
+from quieten.covariances.matching import CovarianceMatching
 from quieten.denoiser import Denoiser, Preconditioned
 from quieten.gaussian import Gaussian
-from quieten.heads import make_head
-from quieten.jacobian import product
-from quieten.matching import CovarianceMatching
-from quieten.mlp import MLP
 from quieten.nets import UNet
+from quieten.networks.mlp import MLP
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch, Noised
 from quieten.oracle import GaussianData

@@ -15,12 +15,12 @@ from helpers import refuses, within
 from quieten.denoiser import Denoiser
 from quieten.gaussian import Gaussian
 from quieten.guidance import Guided
-from quieten.measurements import Consistent, Downsample, Grey, LinearMap, Mask, Measured, Operator, replacement
+from quieten.guiding.measurements import Consistent, Downsample, Grey, LinearMap, Mask, Measured, Operator, replacement
 from quieten.oracle import GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP, Process
-from quieten.samplers import sampler
 from quieten.sampling import generate, sample
 from quieten.schedule import karras
+from quieten.solvers.samplers import sampler
 from quieten.split import Projected
 from quieten.transition import Ancestral
 from quieten.wrap import Counted

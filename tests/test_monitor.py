@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import refuses
-from quieten.monitor import CHECKS, Reading, Spread, diagnose, drift, le_cam, spread
+from quieten.tuning.monitor import CHECKS, Reading, Spread, diagnose, drift, le_cam, spread
 
 HEALTHY = Reading(
     cost=(0.5, 0.48, 0.55),

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from quieten.dit import DiT
-from quieten.mlp import MLP
 from quieten.nets import Classifier, Embedding, Net, UNet
-from quieten.unet import adm, ddpm, ddpmpp, iddpm, ncsnpp
+from quieten.networks.dit import DiT
+from quieten.networks.mlp import MLP
+from quieten.networks.unet import adm, ddpm, ddpmpp, iddpm, ncsnpp
 
 TINY = {"width": 8, "mult": (1, 2), "size": 8, "attention": (4,), "blocks": 1, "dropout": 0.0}
 CASES = {

@@ -12,11 +12,11 @@ import torch
 
 from conftest import Ran, Type
 from helpers import within
-from quieten.decoders import Discretised
-from quieten.grids import linear, take
 from quieten.likelihood import evaluate
-from quieten.runs import Checkpoint, Run, build_update
-from quieten.source import open_source
+from quieten.likelihoods.decoders import Discretised
+from quieten.solvers.grids import linear, take
+from quieten.training.runs import Checkpoint, Run, build_update
+from quieten.training.source import open_source
 from quieten.transition import Ancestral
 from toy import toy_run
 
@@ -83,7 +83,7 @@ def test_equals_the_library(typed: Type, run: Run, tmp_path: Path):
 def test_a_fitted_variance_is_taken(typed: Type, run: Run):
     """The one that a run has is the default; its bound is not that of another."""
     from quieten.covariance import Analytic
-    from quieten.variance import fingerprint, save_variance
+    from quieten.covariances.stored import fingerprint, save_variance
 
     lam = torch.linspace(-9.0, 9.0, 20)
     facts = {"kind": "analytic", "trunk": fingerprint(run.denoiser()), "cap": 1.0}

@@ -10,8 +10,8 @@ from torch import Tensor
 from helpers import affine, covariance, f64, within
 from quieten.basis import DCT
 from quieten.covariance import HessianDiagonal, Unit
-from quieten.jacobian import Probed, posterior_covariance
-from quieten.lanczos import FullGaussian, Lanczos, lanczos_root
+from quieten.covariances.jacobian import Probed, posterior_covariance
+from quieten.covariances.lanczos import FullGaussian, Lanczos, lanczos_root
 from quieten.noise import Noise
 from quieten.oracle import GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP

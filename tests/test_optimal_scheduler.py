@@ -14,11 +14,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from quieten import OptimalCovarianceScheduler, VarianceUNet, from_diffusers, to_diffusers
 from quieten.basis import DCT
 from quieten.covariance import Unit
-from quieten.heads import make_head
+from quieten.covariances.heads import make_head
+from quieten.covariances.stored import KINDS, load_variance
 from quieten.sampling import sample
-from quieten.source import open_source
+from quieten.training.source import open_source
 from quieten.transition import Ancestral, Hushed
-from quieten.variance import KINDS, load_variance
 from quieten.wrap import WithCovariance
 
 pytestmark = pytest.mark.usefixtures("one_thread")

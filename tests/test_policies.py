@@ -10,12 +10,12 @@ from torch import nn
 
 from helpers import refuses, within
 from quieten import VP, Ancestral, EulerMaruyama, Noise, Preconditioned, karras
-from quieten.adapters import adapters, inject
+from quieten.covariances.stored import fingerprint
 from quieten.nets import UNet
-from quieten.policies import load_policy, policy_names, save_policy
-from quieten.policy import Policy
-from quieten.policy_schedule import Consistency
-from quieten.variance import fingerprint
+from quieten.tuning.adapters import adapters, inject
+from quieten.tuning.policy import Policy
+from quieten.tuning.policy_schedule import Consistency
+from quieten.tuning.stored import load_policy, policy_names, save_policy
 
 
 def trunk() -> Preconditioned:

@@ -9,9 +9,9 @@ import torch
 
 from helpers import affine, gaussian_data, refuses, within
 from quieten import FLOW, VE, VP, Ancestral, Draws, EulerMaruyama, Exponential, Heun, Noise, elbo, generate, karras
-from quieten.decoders import Plain
-from quieten.policy import Policy
-from quieten.tuned import FLOOR
+from quieten.likelihoods.decoders import Plain
+from quieten.tuning.policy import Policy
+from quieten.tuning.tuned import FLOOR
 
 PROCESSES = [VP, VE, FLOW]
 

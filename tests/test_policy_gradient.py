@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from dxmi_toys import Quadratics, affine_policy, evaluated
 from helpers import refuses, within
 from quieten import VE, Draws, Preconditioned, karras
-from quieten.energies import PerceptronValue
 from quieten.imitation import MaxEntIRL, Settings
-from quieten.mlp import MLP
-from quieten.pairs import gathered
-from quieten.policy import Policy, Rollout
-from quieten.policy_gradient import METHODS, FullGradient, PolicyGradient
+from quieten.networks.mlp import MLP
+from quieten.tuning.energies import PerceptronValue
+from quieten.tuning.pairs import gathered
+from quieten.tuning.policy import Policy, Rollout
+from quieten.tuning.policy_gradient import METHODS, FullGradient, PolicyGradient
 
 A, B, RHO = (torch.tensor(t, dtype=torch.float64) for t in ([0.7, 0.9], [0.2, -0.1], [0.6, 0.4]))
 KAPPA, M = 2.0, 0.4

@@ -11,8 +11,8 @@ import torch
 from helpers import f64, gaussian_data, refuses, within
 from quieten import VE, VP, Ancestral, Draws, Noise, Preconditioned, Table, WithCovariance, karras
 from quieten.gaussian import Gaussian
-from quieten.policy import Policy
-from quieten.policy_schedule import Consistency, beta_schedule, edm_grid, fastdpm, moment_std, network_time
+from quieten.tuning.policy import Policy
+from quieten.tuning.policy_schedule import Consistency, beta_schedule, edm_grid, fastdpm, moment_std, network_time
 
 TABLE = Table.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 KINDS = {"quad": "quadratic", "line": "linear"}

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from helpers import refuses, within
-from quieten.augment import EDMAugment, isometric, mirrored
 from quieten.data import Dataset, Order
 from quieten.noise import Draws, Noise
 from quieten.objective import Batch, noised_by
 from quieten.oracle import FiniteData
-from quieten.pools import POOLS, BankPool, ClassPool, ClusterPool, LoaderPool, distinct, make_pool, micro_clusters
 from quieten.process import VE, VP
 from quieten.target import StableTarget, stable_target
+from quieten.targets.pools import POOLS, BankPool, ClassPool, ClusterPool, LoaderPool, distinct, make_pool, micro_clusters
+from quieten.training.augment import EDMAugment, isometric, mirrored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 3

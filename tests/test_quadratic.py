@@ -11,10 +11,10 @@ from torch import Tensor
 from guided_toy import geometric
 from helpers import refuses, within
 from quieten.guidance import Gradient, Guided
-from quieten.kick import EulerKick, Force, Span, StagedKick
+from quieten.guiding.kick import EulerKick, Force, Span, StagedKick
+from quieten.guiding.quadratic import ExactKick, ImplicitKick, Quadratic
 from quieten.oracle import GaussianData
 from quieten.process import FLOW, VE, VP
-from quieten.quadratic import ExactKick, ImplicitKick, Quadratic
 from quieten.sampling import sample
 from quieten.solver import RK4
 from quieten.split import Split

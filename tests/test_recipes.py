@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from quieten.commands.variance import fit as fit_variance
-from quieten.config import Recipe, build_sampler, build_schedule, load_recipe, resolve, with_overrides
 from quieten.data import Dataset
 from quieten.fit import fit
-from quieten.loop import learning_rate
 from quieten.oracle import GaussianData
-from quieten.parts import build
 from quieten.process import PROCESSES
-from quieten.runs import Run, build_update
-from quieten.samplers import sampler
 from quieten.sampling import generate, sample
 from quieten.schedule import Table
-from quieten.source import open_source
+from quieten.solvers.samplers import sampler
+from quieten.training.config import Recipe, build_sampler, build_schedule, load_recipe, resolve, with_overrides
+from quieten.training.loop import learning_rate
+from quieten.training.parts import build
+from quieten.training.runs import Run, build_update
+from quieten.training.source import open_source
 from quieten.wrap import Counted
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from quieten.files import write_atomic
 from quieten.metrics import Extractor, frechet
-from quieten.plots import COLOURS, INK
 from quieten.report import Report, curve, curve_png, grid_image, pareto, save_grid
+from quieten.reports.plots import COLOURS, INK
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -13,9 +13,9 @@ from quieten.denoiser import Denoiser
 from quieten.gaussian import Gaussian
 from quieten.noise import Draws
 from quieten.oracle import GaussianData
-from quieten.policy import Policy
 from quieten.process import VP, Level
-from quieten.reward import RewardEnergy, RewardTuning, load_reward, reward_settings, tune_to_reward
+from quieten.tuning.policy import Policy
+from quieten.tuning.reward import RewardEnergy, RewardTuning, load_reward, reward_settings, tune_to_reward
 
 LAMS = torch.tensor([-3.0, -1.0, 0.5, math.inf], dtype=torch.float64)
 T = len(LAMS) - 1
@@ -239,7 +239,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     other = Policy(GaussianData(torch.zeros(2), 1.0, VP), LAMS[1:], trained="none")
     with refuses("`reference`"):
         RewardTuning(policy, lambda x: x.sum(1), reference=other)
-    from quieten.energies import PerceptronValue
+    from quieten.tuning.energies import PerceptronValue
 
     with refuses("`value`", "7 steps"):
         RewardTuning(policy, lambda x: x.sum(1), PerceptronValue(2, T=7))

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import quieten.runs
+import quieten.training.runs
 from quieten.fit import fit
-from quieten.runs import Checkpoint, Run, build_update, export, load, load_with_recipe
+from quieten.training.runs import Checkpoint, Run, build_update, export, load, load_with_recipe
 from toy import toy_data, toy_run
 
 
@@ -95,7 +95,7 @@ def test_an_export_is_the_same_model_in_one_file(trained: Run, tmp_path: Path, h
 
 
 def test_the_zoo_is_found_by_name(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quieten.bundled, "ZOO", tmp_path)
+    monkeypatch.setattr(quieten.training.bundled, "ZOO", tmp_path)
     export(trained, tmp_path / "toy.safetensors")
     assert load("zoo:toy").shape == load("zoo:t").shape == (1, 8, 8)
     with pytest.raises(ValueError, match=r"no model 'zoo:tox' comes with the library \(known: zoo:toy\)"):
@@ -111,8 +111,8 @@ def test_the_zoo_is_found_by_name(trained: Run, tmp_path: Path, monkeypatch: pyt
 
 def test_variances_go_along_with_an_exported_file(trained: Run, tmp_path: Path) -> None:
     from quieten.covariance import Analytic
-    from quieten.source import open_source
-    from quieten.variance import fingerprint, load_variance, save_variance
+    from quieten.covariances.stored import fingerprint, load_variance, save_variance
+    from quieten.training.source import open_source
 
     table = Analytic(torch.tensor([-3.0, 0.0, 3.0]), torch.tensor([0.9, 0.5, 0.1]))
     facts = {"kind": "analytic", "cap": None}
@@ -212,7 +212,7 @@ def test_a_save_that_fails_anywhere_leaves_a_whole_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, function: str, call: int, error: BaseException
 ) -> None:
     run.save(checkpoint(run, 1))
-    original, calls = getattr(quieten.runs, function), 0
+    original, calls = getattr(quieten.training.runs, function), 0
 
     def failing(*args: object) -> object:
         nonlocal calls
@@ -222,7 +222,7 @@ def test_a_save_that_fails_anywhere_leaves_a_whole_checkpoint(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quieten.runs, function, failing)
+        patch.setattr(quieten.training.runs, function, failing)
         expected = ValueError if isinstance(error, OSError) else KeyboardInterrupt
         with pytest.raises(expected, match="No space left .* is intact" if isinstance(error, OSError) else None):
             run.save(checkpoint(run, 2))

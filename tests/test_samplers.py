@@ -12,10 +12,10 @@ from torch import Tensor
 
 from helpers import refuses
 from quieten import VP, Ancestral, Counted, GaussianData, Noise, Transition, karras
-from quieten.config import build_sampler, parse_recipe, with_overrides
-from quieten.parts import PARTS, register
-from quieten.samplers import SAMPLERS, sampler
 from quieten.sampling import generate, sample
+from quieten.solvers.samplers import SAMPLERS, sampler
+from quieten.training.config import build_sampler, parse_recipe, with_overrides
+from quieten.training.parts import PARTS, register
 from toy import BASE
 
 MEAN, VAR = torch.tensor([1.0, -0.5]).repeat(32), torch.tensor([0.4, 0.1]).repeat(32)
@@ -117,7 +117,7 @@ def test_mistakes_are_named(name: str, options: dict[str, object], pieces: list[
 
 
 def test_a_transition_registered_elsewhere_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quieten.parts.PARTS", {part: dict(kinds) for part, kinds in PARTS.items()})
+    monkeypatch.setattr("quieten.training.parts.PARTS", {part: dict(kinds) for part, kinds in PARTS.items()})
     register("transition", "half", functools.partial(Ancestral, 0.5, spread=False))
     transition, grid = sampler("half", karras(3))
     assert isinstance(transition, Ancestral)

@@ -15,10 +15,10 @@ from helpers import refuses, within
 from quieten.commands.score import BY, score, tuned_energy
 from quieten.fit import fit
 from quieten.metrics import auroc
-from quieten.runs import Run
-from quieten.source import open_source
-from quieten.tune import PLAN, tune_policy
-from quieten.tune_start import Start
+from quieten.training.runs import Run
+from quieten.training.source import open_source
+from quieten.tuning.tune import PLAN, tune_policy
+from quieten.tuning.tune_start import Start
 from toy import toy_data, toy_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

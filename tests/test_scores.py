@@ -9,9 +9,9 @@ import torch
 
 from helpers import refuses, within
 from quieten.metrics import auroc
+from quieten.metrics.scores import denoising_errors, neighbour_distance, reconstruction_error
 from quieten.oracle import GaussianData
 from quieten.process import VE, VP
-from quieten.scores import denoising_errors, neighbour_distance, reconstruction_error
 
 
 def test_refusals() -> None:

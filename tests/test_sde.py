@@ -11,10 +11,10 @@ from helpers import affine, gaussian_data, refuses, within
 from quieten.noise import Noise
 from quieten.oracle import GaussianData, MixtureData
 from quieten.process import FLOW, VE, VP
-from quieten.samplers import sampler
 from quieten.sampling import sample, trajectory
 from quieten.schedule import Cosine, Linear, LinearBeta, karras
-from quieten.sde import EulerMaruyama
+from quieten.solvers.samplers import sampler
+from quieten.solvers.sde import EulerMaruyama
 from quieten.transition import Ancestral, Langevin
 from quieten.wrap import Counted
 

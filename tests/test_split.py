@@ -16,16 +16,16 @@ from helpers import refuses, within
 from quieten.denoiser import Denoiser
 from quieten.gaussian import Gaussian
 from quieten.guidance import Gradient, Guided, Likelihood
-from quieten.kick import EulerKick, Force, MultistepKick, Span, StagedKick, SubCycled
+from quieten.guiding.kick import EulerKick, Force, MultistepKick, Span, StagedKick, SubCycled
+from quieten.guiding.splits import SPLITS, split
 from quieten.noise import Noise
 from quieten.oracle import GaussianData
-from quieten.plms import PLMS, PNDM
 from quieten.process import FLOW, VE, VP
 from quieten.sampling import generate, sample, trajectory
 from quieten.schedule import Rectified, Table, karras
 from quieten.solver import RK2, RK4, AdamsBashforth, Exponential
+from quieten.solvers.plms import PLMS, PNDM
 from quieten.split import Projected, Split
-from quieten.splits import SPLITS, split
 from quieten.transition import Ancestral, Langevin
 from quieten.wrap import Counted
 

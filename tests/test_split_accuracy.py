@@ -15,15 +15,15 @@ from helpers import within
 from quieten.denoiser import Denoiser
 from quieten.gaussian import Gaussian
 from quieten.guidance import Gradient, Guided
-from quieten.kick import Kick, MultistepKick, StagedKick
+from quieten.guiding.kick import Kick, MultistepKick, StagedKick
+from quieten.guiding.splits import split
 from quieten.oracle import GaussianData
-from quieten.plms import PLMS
 from quieten.process import VE, VP, Process
 from quieten.sampling import sample
 from quieten.schedule import Table
 from quieten.solver import RK4, AdamsBashforth
+from quieten.solvers.plms import PLMS
 from quieten.split import Memory, Split
-from quieten.splits import split
 from quieten.transition import Step, Transition
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from conftest import golden
 from guided_toy import STARTS, class_guidance, toy
 from helpers import refuses, within
 from quieten.guidance import Gradient, Likelihood
-from quieten.kick import MultistepKick
+from quieten.guiding.kick import MultistepKick
 from quieten.process import VP
 from quieten.sampling import sample
 from quieten.schedule import Table

@@ -15,11 +15,11 @@ from PIL import Image
 from helpers import refuses, within
 from quieten.cli import main
 from quieten.guidance import Guidance, Likelihood
+from quieten.guiding.stability import Chart, stability, stability_png
 from quieten.noise import INITIAL, Noise
 from quieten.oracle import GaussianData
 from quieten.process import VE, VP, Process
 from quieten.schedule import karras
-from quieten.stability import Chart, stability, stability_png
 from toy import toy_run
 
 
@@ -143,7 +143,7 @@ def typed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from quieten.runs import Checkpoint, build_update
+    from quieten.training.runs import Checkpoint, build_update
 
     run = toy_run(tmp_path / "toy", "objective.drop=0.1")
     tensors = dict(build_update(run.recipe).state_dict())

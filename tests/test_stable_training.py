@@ -16,11 +16,11 @@ from quieten.fit import fit
 from quieten.noise import Draws
 from quieten.objective import WEIGHTINGS, Batch, Denoising, Regression
 from quieten.oracle import MixtureData
-from quieten.pools import BankPool, ReferencePool, References
 from quieten.process import PROCESSES
-from quieten.runs import Run, build_update
 from quieten.schedule import Linear, Schedule
 from quieten.target import StableTarget, stable_target
+from quieten.targets.pools import BankPool, ReferencePool, References
+from quieten.training.runs import Run, build_update
 from test_fit import at, interrupt, same
 from test_objective import As, Given, GivenDraws, Says, Wrong
 from toy import toy_data, toy_recipe, toy_run

@@ -201,7 +201,7 @@ def test_chunks_change_nothing(dtype: torch.dtype, bound: float) -> None:
 def test_rows_are_taken_in_blocks_when_references_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     x, refs, source = some(5000, (2,), b=9)
     want, stats = stable_target(x, refs, 1.0, 0.7, source=source, stats=True)
-    monkeypatch.setattr("quieten.posterior._WEIGHTS", 4 * len(refs))
+    monkeypatch.setattr("quieten.targets.posterior._WEIGHTS", 4 * len(refs))
     got, again = stable_target(x, refs, 1.0, 0.7, source=source, stats=True)
     within(1e-13, (got - want).abs().max(), "blocks of 4 rows")
     within(1e-11, (stats.ess - again.ess).abs().max(), "their effective numbers")

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from helpers import refuses
-from quieten.dpm import UniPC
 from quieten.noise import Noise
 from quieten.oracle import MixtureData
 from quieten.process import FLOW, VE, VP, Process
 from quieten.sampling import sample
 from quieten.schedule import Cosine, Table, karras
 from quieten.solver import Exponential, Heun
+from quieten.solvers.dpm import UniPC
 from quieten.transition import Ancestral, Transition
 from quieten.wrap import Counted
 

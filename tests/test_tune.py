@@ -15,24 +15,24 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import quieten.tune_loop
+import quieten.tuning.tune_loop
 from conftest import Type
 from helpers import refuses
 from quieten import generate, open_source
-from quieten.borrowed import EncoderValue, lends_encoder
 from quieten.data import Dataset
 from quieten.fit import fit
-from quieten.monitor import Check
 from quieten.oracle import GaussianData
-from quieten.policies import load_policy
 from quieten.process import VP
-from quieten.runs import Run
-from quieten.schema import Train
-from quieten.source import Source
-from quieten.tune import PLAN, Outcome, tune_policy
-from quieten.tune_loop import draw
-from quieten.tune_start import SMALL, Start, few_grid, make_policy, start_of
-from quieten.yardstick import Yardstick, held_out
+from quieten.training.runs import Run
+from quieten.training.schema import Train
+from quieten.training.source import Source
+from quieten.tuning.borrowed import EncoderValue, lends_encoder
+from quieten.tuning.monitor import Check
+from quieten.tuning.stored import load_policy
+from quieten.tuning.tune import PLAN, Outcome, tune_policy
+from quieten.tuning.tune_loop import draw
+from quieten.tuning.tune_start import SMALL, Start, few_grid, make_policy, start_of
+from quieten.tuning.yardstick import Yardstick, held_out
 from test_distributed import launch
 from test_fit import at
 from toy import toy_data, toy_run
@@ -66,7 +66,7 @@ def tuned(
 
 @pytest.fixture(autouse=True)
 def _lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quieten.tune_loop, "diagnose", lambda reading: [])
+    monkeypatch.setattr(quieten.tuning.tune_loop, "diagnose", lambda reading: [])
 
 
 def metrics(out: Path, name: str = "dxmi-2") -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def test_the_best_measured_policy_is_kept_and_can_be_sampled(toy: Path, tmp_path
 
 def test_a_failing_policy_is_stopped_and_the_best_kept(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = [Check("noise", "fail", 4.0, "the noise of step 0 is 4.00 times what it was: lower tau1, or raise tau2")]
-    monkeypatch.setattr(quieten.tune_loop, "diagnose", lambda reading: failing)
+    monkeypatch.setattr(quieten.tuning.tune_loop, "diagnose", lambda reading: failing)
     long = TRAIN.model_copy(update={"images": 160})
     done = tuned(toy, tmp_path, train=long)
     assert done.summary.step == 7  # measured at 2 (just begun), 4 and 6: twice in a row, heard by all at the next step
@@ -173,7 +173,7 @@ def test_a_failing_policy_is_stopped_and_the_best_kept(toy: Path, tmp_path: Path
 
 def test_the_monitor_gets_its_figures(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(quieten.tune_loop, "diagnose", lambda reading: seen.append(reading) or [])
+    monkeypatch.setattr(quieten.tuning.tune_loop, "diagnose", lambda reading: seen.append(reading) or [])
     tuned(toy, tmp_path, Start(T=2, head_start=16, settings={"policy_clip": 1e-9}))
     last = seen[-1]
     assert len(last.cost) == len(last.std) == len(last.explained) == 2
@@ -372,7 +372,7 @@ def test_a_borrowed_encoder_tells_states_and_classes_apart_and_lends_nothing_bac
 def distributed(model: Path, out: Path) -> Outcome:
     train = TRAIN.model_copy(update={"batch": 8, "images": 40, "lr": 1e-4})
     start = Start(T=2, head_start=8, settings={"n_critic": 2, "n_generator": 2})
-    quieten.tune_loop.diagnose = lambda reading: []  # type: ignore[assignment]
+    quieten.tuning.tune_loop.diagnose = lambda reading: []  # type: ignore[assignment]
     return tune_policy(open_source(str(model)), toy_data(60), toy_data(40), out=out, start=start, train=train, n=20)
 
 

@@ -9,12 +9,12 @@ from conftest import Type
 from helpers import refuses
 from quieten import open_source
 from quieten.fit import fit
-from quieten.policies import load_policy
-from quieten.runs import Run
-from quieten.tune import PLAN, tune_policy
-from quieten.tune_loop import draw
-from quieten.tune_reward import RewardMeasure, told_only
-from quieten.tune_start import Start
+from quieten.training.runs import Run
+from quieten.tuning.stored import load_policy
+from quieten.tuning.tune import PLAN, tune_policy
+from quieten.tuning.tune_loop import draw
+from quieten.tuning.tune_reward import RewardMeasure, told_only
+from quieten.tuning.tune_start import Start
 from test_tune import data_file
 from toy import toy_data, toy_run
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import refuses, within
-from quieten.augment import LABELS
-from quieten.config import build_denoiser
-from quieten.dit import DiT, dit_b, dit_xl
-from quieten.parts import build
-from quieten.unet import LargeUNet, WaveEmbedding, _grow, _shrink, adm, ddpm, ddpmpp, iddpm, ncsnpp
+from quieten.networks.dit import DiT, dit_b, dit_xl
+from quieten.networks.unet import LargeUNet, WaveEmbedding, _grow, _shrink, adm, ddpm, ddpmpp, iddpm, ncsnpp
+from quieten.training.augment import LABELS
+from quieten.training.config import build_denoiser
+from quieten.training.parts import build
 from test_nets import awake
 from toy import toy_recipe
 

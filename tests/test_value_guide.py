@@ -10,8 +10,8 @@ from torch import nn
 
 from helpers import gaussian_data, refuses, within
 from quieten import VE, VP, Ancestral, Guided, Split, generate, karras, sample
-from quieten.policy import Policy
-from quieten.value_guide import ValueGuidance, ValueKick
+from quieten.guiding.value_guide import ValueGuidance, ValueKick
+from quieten.tuning.policy import Policy
 
 
 class Bowl(nn.Module):

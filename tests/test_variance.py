@@ -10,18 +10,18 @@ import torch
 from helpers import refuses
 from quieten.cli import main
 from quieten.covariance import Analytic, Fisher, HessianDiagonal, Unit
+from quieten.covariances.fit import fit_variance, measure_analytic
+from quieten.covariances.jacobian import Probed
+from quieten.covariances.stored import fingerprint, load_variance, make_variance, save_variance, variance_names
 from quieten.data import Dataset
-from quieten.jacobian import Probed
 from quieten.noise import Noise
 from quieten.objective import Batch
 from quieten.oracle import GaussianData
 from quieten.process import VP
-from quieten.runs import Run
-from quieten.schema import Train
-from quieten.source import open_source
-from quieten.variance import fingerprint, load_variance, make_variance, save_variance, variance_names
-from quieten.variance_fit import fit_variance, measure_analytic
-from quieten.weights import packed
+from quieten.training.runs import Run
+from quieten.training.schema import Train
+from quieten.training.source import open_source
+from quieten.training.weights import packed
 from quieten.wrap import WithCovariance
 from toy import toy_data, toy_run
 
@@ -98,7 +98,7 @@ def test_fitting_goes_on_where_it_was_interrupted(opened, trained, tmp_path):
 
 
 def _same(a: Path, b: Path) -> bool:
-    from quieten.weights import read_tensors
+    from quieten.training.weights import read_tensors
 
     first, second = read_tensors(a)[0], read_tensors(b)[0]
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)

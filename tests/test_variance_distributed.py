@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import within
+from quieten.covariances.fit import Fitted, fit_variance
+from quieten.covariances.stored import load_variance
 from quieten.fit import fit
-from quieten.runs import Run
-from quieten.schema import Train
-from quieten.source import open_source
-from quieten.variance import load_variance
-from quieten.variance_fit import Fitted, fit_variance
+from quieten.training.runs import Run
+from quieten.training.schema import Train
+from quieten.training.source import open_source
 from test_distributed import launch
 from toy import toy_data, toy_run
 

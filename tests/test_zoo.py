@@ -11,21 +11,21 @@ from PIL import Image
 
 import quieten
 from conftest import Type
-from quieten.bundled import ZOO, bundles
-from quieten.classify import accuracy
-from quieten.config import build_grid
+from quieten.covariances.stored import fingerprint, load_variance
 from quieten.data import load
-from quieten.features import Extractor, Statistics
+from quieten.guiding.classify import accuracy
 from quieten.metrics import Result, frechet
+from quieten.metrics.features import Extractor, Statistics
 from quieten.nets import Classifier
-from quieten.policies import load_policy
-from quieten.runs import load_with_recipe
-from quieten.samplers import sampler
 from quieten.sampling import generate
 from quieten.solver import Exponential
-from quieten.source import open_source
-from quieten.tune_loop import draw
-from quieten.variance import fingerprint, load_variance
+from quieten.solvers.samplers import sampler
+from quieten.training.bundled import ZOO, bundles
+from quieten.training.config import build_grid
+from quieten.training.runs import load_with_recipe
+from quieten.training.source import open_source
+from quieten.tuning.stored import load_policy
+from quieten.tuning.tune_loop import draw
 from quieten.wrap import Clipped
 
 FILES = sorted(ZOO.rglob("*.safetensors"))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from quieten.config import Recipe, parse_recipe, resolve, with_overrides
 from quieten.data import Dataset
-from quieten.runs import Run
+from quieten.training.config import Recipe, parse_recipe, resolve, with_overrides
+from quieten.training.runs import Run
 
 BASE = {
     "version": 1,

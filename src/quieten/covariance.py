@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .basis import DCT
+from .covariances.heads import Seen, tap_of
 from .denoiser import Denoiser
 from .gaussian import Basis, Gaussian, scalar, spread_over
-from .heads import Seen, tap_of
 from .process import Level
 
 __all__ = [
@@ -252,8 +252,8 @@ class Learned(VarianceSource):
 
     Arguments:
         head: Takes (h, emb), features and embedding tapped from the network, when its attribute `taps` is true, such as those
-            in `quieten.heads`; any other module or function takes (x_t, eps, lam), with the predicted noise. Returns (B, *),
-            in coordinates of `basis`.
+            in `quieten.covariances.heads`; any other module or function takes (x_t, eps, lam), with the predicted noise.
+            Returns (B, *), in coordinates of `basis`.
         link: From the head's output o to the quantity it stands for: "linear" as official code has it; "unit" is
             softplus(o + c) times what the quantity is for data N(0, 1), which is 1 for o = 0, positive, and accurate at every
             level (the variance never is a small number times a huge exp(-lam)).

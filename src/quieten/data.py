@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .emoji import FONT, draw_emoji, emoji_groups
-from .idx import CLASSES, MIRRORS, class_names, find_idx, idx_file, read_idx
-from .image_sets import (
+from .datasets.emoji import FONT, draw_emoji, emoji_groups
+from .datasets.idx import CLASSES, MIRRORS, class_names, find_idx, idx_file, read_idx
+from .datasets.image_sets import (
     SETS,
     SIDES,
     MappedImages,
@@ -27,8 +27,8 @@ from .image_sets import (
     read_cifar,
     read_imagenet,
 )
+from .datasets.pictures import IN_MEMORY, LazyImages, pixels, read_pictures
 from .noise import Noise
-from .pictures import IN_MEMORY, LazyImages, pixels, read_pictures
 
 __all__ = ["NAMES", "Dataset", "LazyImages", "MappedImages", "Order", "emoji", "load", "to_pixels"]
 

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import build_grid
 from .data import Dataset, load
 from .denoiser import Denoiser
-from .features import Extractor, Statistics
 from .files import writing
 from .fit import train
 from .metrics import Result, frechet, sliced_wasserstein
+from .metrics.features import Extractor, Statistics
 from .progress import Progress
 from .report import Report, curve, grid_image, pareto
-from .runs import Run
-from .samplers import sampler
 from .sampling import generate
+from .solvers.samplers import sampler
+from .training.config import build_grid
+from .training.runs import Run
 from .wrap import Clipped, Counted
 
 __all__ = ["NAMES", "STEPS", "Row", "demo"]

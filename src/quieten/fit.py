@@ -13,15 +13,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .config import Recipe, Train, build_sampler, load_data, load_recipe, resolve, with_overrides
 from .data import Dataset
 from .denoiser import Preconditioned
 from .files import writing
-from .loop import Row, Session, Summary, accelerator, autocast_of, learning_rate
 from .noise import Draws
 from .objective import Batch
-from .runs import Run, build_update
 from .sampling import generate
+from .training.config import Recipe, Train, build_sampler, load_data, load_recipe, resolve, with_overrides
+from .training.loop import Row, Session, Summary, accelerator, autocast_of, learning_rate
+from .training.runs import Run, build_update
 
 __all__ = ["Summary", "fit", "train"]
 
@@ -162,7 +162,7 @@ class _Training(Session):
         picture = len(self.data.shape) == 3 and self.data.shape[0] in (1, 3)  # latents are none
         if not (self.is_main and picture and self.update.previews):
             return
-        from .plots import save_grid
+        from .reports.plots import save_grid
 
         recipe, classes, n = self.run.recipe, len(self.run.recipe.data.classes), self.plan.previews
         label = {"label": torch.arange(n, device=self.device) % classes} if classes else None

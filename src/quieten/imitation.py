@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .critics import column, contrast, explained, follow, follower, frozen, largest, mean, spread
 from .denoiser import evaluating
-from .descent import Average, Descent
 from .gaussian import Gaussian
+from .guiding.value_guide import kicked
 from .noise import INITIAL, Draws
-from .pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded
-from .policy import Policy, Rollout
-from .running_cost import Auxiliary, time_costs
-from .tuning import Settings, check_parts, optimizers
-from .value_guide import kicked
+from .tuning.critics import column, contrast, explained, follow, follower, frozen, largest, mean, spread
+from .tuning.descent import Average, Descent
+from .tuning.pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded
+from .tuning.policy import Policy, Rollout
+from .tuning.running_cost import Auxiliary, time_costs
+from .tuning.settings import Settings, check_parts, optimizers
 
 __all__ = ["MaxEntIRL", "Settings"]
 

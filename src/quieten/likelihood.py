@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bound import drift_error, prior_term
-from .decoders import Decoder, summed
 from .denoiser import Denoiser
-from .density import log_likelihood
 from .gaussian import Gaussian
+from .likelihoods.bound import drift_error, prior_term
+from .likelihoods.decoders import Decoder, summed
+from .likelihoods.density import log_likelihood
 from .noise import Draws
 from .process import Process
 from .schedule import Schedule, check_grid
@@ -140,7 +140,7 @@ def elbo(
 
     Example:
         >>> from quieten import VP, Draws, GaussianData, Table
-        >>> from quieten.decoders import Plain
+        >>> from quieten.likelihoods.decoders import Plain
         >>> data = GaussianData(torch.zeros(2), torch.tensor([0.1, 0.5]), VP)
         >>> grid = Table.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).grid(5)
         >>> bound = elbo(data, torch.zeros(3, 2), Plain(), grid, draws=Draws(0, 0, range(3)))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fourier import fourier
+from .networks.fourier import fourier
 
 __all__ = ["Classifier", "Embedding", "Net", "UNet"]
 
@@ -225,7 +225,7 @@ class UNet(Net):
         out_channels: Channels of the output; `channels` by default.
         detail: Channels of the full-resolution path, which is also the map that `features` returns.
         t_scale: Factor on t that brings it within [-10, 10], see :class:`Embedding`.
-        powers: Fourier features of the input, see :func:`quieten.fourier.fourier`: (6, 7) for likelihoods of 8-bit images.
+        powers: Fourier features of the input, see `networks.fourier`: (6, 7) for likelihoods of 8-bit images.
 
     Raises:
         ValueError: If an argument is out of range, or `size` is not divisible as said above.

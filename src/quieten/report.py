@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .files import write_atomic
-from .plots import INK, curve, curve_png, grid_image, pareto, save_grid
+from .reports.plots import INK, curve, curve_png, grid_image, pareto, save_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

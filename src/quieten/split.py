@@ -14,7 +14,7 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .gaussian import Gaussian
 from .guidance import Guidance
-from .kick import EulerKick, Force, Kick, MultistepKick, Span
+from .guiding.kick import EulerKick, Force, Kick, MultistepKick, Span
 from .process import Level
 from .solver import AdamsBashforth
 from .transition import Step, Transition

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .denoiser import Form, form_coefficients
 from .objective import Batch, Noised, Regression
-from .pools import PoolName, ReferencePool, References, make_pool
-from .posterior import posterior, wide
+from .targets.pools import PoolName, ReferencePool, References, make_pool
+from .targets.posterior import posterior, wide
 
 if TYPE_CHECKING:
     from .data import Dataset
-    from .schema import Recipe
+    from .training.schema import Recipe
 
 __all__ = ["StableTarget", "TargetStats", "from_recipe", "stable_target"]
 
@@ -276,7 +276,7 @@ class StableTarget:
         """
         x0, index, cond = batch.x0, batch.index, dict(batch.cond)
         if (label := cond.pop("augment", None)) is not None:
-            from .augment import isometric, mirrored
+            from .training.augment import isometric, mirrored
 
             kept = isometric(label)
             x0, index = mirrored(x0, label)[kept], index[kept.to(index.device)]
@@ -296,7 +296,7 @@ class StableTarget:
         x_t, x0, plain = noised.x_t, noised.x0, ~torch.isin(batch.index, refs.index.to(batch.index.device))
         plain = plain.to(x0.device)
         if label is not None:
-            from .augment import isometric, mirrored
+            from .training.augment import isometric, mirrored
 
             x_t, x0, plain = mirrored(x_t, label), mirrored(x0, label), plain | ~isometric(label)
         mask, unknown = self._mask(told, refs)

@@ -34,8 +34,8 @@ def export(
         quieten export runs/digits --hub my-name/digits --private
         quieten sample my-name/digits --steps 10
     """
-    from ..runs import Run
-    from ..runs import export as write
+    from ..training.runs import Run
+    from ..training.runs import export as write
 
     if file is None and hub is None:
         raise ValueError("nothing to write: name a FILE ending in .safetensors, or --hub OWNER/NAME")
@@ -43,7 +43,7 @@ def export(
     if file is not None:
         typer.echo(write(opened, file, half, weights))
     if hub is not None:
-        from ..hub import push_to_hub
+        from ..training.hub import push_to_hub
 
         if weights != "ema":
             raise ValueError(f"`--weights {weights}` is for a file: the hub gets the averaged ones, leave it out")

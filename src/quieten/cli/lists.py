@@ -14,8 +14,8 @@ __all__ = ["recipes", "samplers", "zoo"]
 @app.command(rich_help_panel=LOOK)
 def samplers() -> None:
     """List the samplers that --transition knows."""
-    from ..samplers import SAMPLERS
-    from ..splits import SPLITS
+    from ..guiding.splits import SPLITS
+    from ..solvers.samplers import SAMPLERS
 
     for name, entry in SAMPLERS.items():
         typer.echo(f"{name:15s} {entry.about}")
@@ -47,7 +47,7 @@ def recipes() -> None:
     """List the recipes that `train` knows: first those for a CPU, then the settings of the papers."""
     import yaml
 
-    from ..config import FOLDER, recipe_names
+    from ..training.config import FOLDER, recipe_names
 
     texts = {name: (FOLDER / f"{name}.yaml").read_text(encoding="utf-8") for name in recipe_names()}
     large = [name for name, text in texts.items() if yaml.safe_load(text)["train"]["images"] > 20_000_000]

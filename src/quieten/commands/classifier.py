@@ -6,12 +6,12 @@ import io
 import json
 from pathlib import Path
 
-from ..classify import NoisyClassifier, accuracy_by_level
 from ..data import Dataset
 from ..files import write_atomic, writing
+from ..guiding.classify import NoisyClassifier, accuracy_by_level
 from ..process import PROCESSES
-from ..source import device_of
-from ..weights import packed
+from ..training.source import device_of
+from ..training.weights import packed
 from .teach import finish, lesson_plan, pupil, splits, taught, weights_file
 
 __all__ = ["train_classifier"]
@@ -72,7 +72,7 @@ def _report(classifier: NoisyClassifier, test: Dataset, out: Path, facts: dict[s
 
 def _chart(rows: list[tuple[float, float]], chance: float) -> bytes:
     """Accuracy against the level, as a PNG."""
-    from ..plots import COLOURS, INK, figure_axes
+    from ..reports.plots import COLOURS, INK, figure_axes
 
     figure, axes = figure_axes("log-SNR (noise to data)", "accuracy")
     lams, shares = zip(*rows, strict=True)

@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..compare import Bits, Contender, Row, compare
-from ..compare_report import METRICS, Facts, page, series_name
+from ..comparing.compare import Bits, Contender, Row, compare
+from ..comparing.judge import Judge
+from ..comparing.lineup import GROUPS, Entrant, standard
 from ..data import Dataset, to_pixels
-from ..decoders import Plain
 from ..denoiser import Denoiser
-from ..features import Extractor
 from ..files import write_atomic, writing
-from ..judge import Judge
 from ..likelihood import evaluate, fit_decoder
-from ..lineup import GROUPS, Entrant, standard
-from ..plots import pareto
-from ..source import Source, open_source
+from ..likelihoods.decoders import Plain
+from ..metrics.features import Extractor
+from ..reports.compare_report import METRICS, Facts, page, series_name
+from ..reports.plots import pareto
+from ..training.source import Source, open_source
 from ..transition import Ancestral, Transition
-from ..tuned import Tuned
+from ..tuning.tuned import Tuned
 from .nll import Asked, decoder_of, examples_of, load_data
 
 __all__ = ["run"]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset, load
-from ..diagnosis import NetworkLoss, TargetVariance, level_density, network_loss, target_variance
 from ..files import write_atomic, writing
-from ..pools import distinct
 from ..process import PROCESSES
 from ..progress import Progress
 from ..schedule import Schedule
-from ..source import Source, open_source
+from ..targets.diagnosis import NetworkLoss, TargetVariance, level_density, network_loss, target_variance
+from ..targets.pools import distinct
+from ..training.source import Source, open_source
 
 __all__ = ["diagnose", "results_folder"]
 
@@ -162,7 +162,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _write(
     folder: Path, facts: dict[str, Any], rows: list[Row], variance: TargetVariance, loss: NetworkLoss, density: Tensor | None
 ) -> None:
-    from ..diagnosis_plot import diagnosis_png
+    from ..reports.diagnosis_plot import diagnosis_png
 
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..classify import accuracy
 from ..data import load
-from ..features import Extractor, statistics_of
 from ..files import write_atomic, writing
+from ..guiding.classify import accuracy
+from ..metrics.features import Extractor, statistics_of
 from ..progress import Progress
-from ..source import device_of
-from ..weights import packed
+from ..training.source import device_of
+from ..training.weights import packed
 from .teach import finish, lesson_plan, pupil, splits, taught, weights_file
 
 __all__ = ["stats", "train"]

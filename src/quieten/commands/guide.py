@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..classify import NoisyClassifier
 from ..guidance import Guidance
-from ..guides import Classified
-from ..measurements import Downsample, Grey, Mask, Measured, Operator
-from ..source import Source
+from ..guiding.classify import NoisyClassifier
+from ..guiding.guides import Classified
+from ..guiding.measurements import Downsample, Grey, Mask, Measured, Operator
+from ..training.source import Source
 
 __all__ = ["Guide", "chosen", "open_guide"]
 
@@ -91,7 +91,7 @@ def chosen(classes: tuple[str, ...], words: str | None, n: int, option: str) -> 
 
 
 def _class(classes: tuple[str, ...], word: str, option: str) -> int:
-    from ..parts import nearest
+    from ..training.parts import nearest
 
     names = [name.lower() for name in classes]
     if word.lower() in names:
@@ -199,7 +199,7 @@ def _open(path: Path, option: str) -> Any:
 
 def _picture(path: Path, shape: tuple[int, ...], operator: Operator, measured: tuple[int, ...]) -> Tensor:
     """What was measured, (1, *m) in [-1, 1]: the file, or the measurement of a file that shows the whole picture."""
-    from ..pictures import pixels
+    from ..datasets.pictures import pixels
 
     image = _open(path, "measurement")
     size = image.size[::-1]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset, Order, load
-from ..decoders import Decoder, Dequantised, Discretised, Flat, Plain
-from ..source import Source
+from ..likelihoods.decoders import Decoder, Dequantised, Discretised, Flat, Plain
+from ..training.source import Source
 
 __all__ = ["Asked", "Examples", "decoder_of", "examples_of", "load_data"]
 

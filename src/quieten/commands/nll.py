@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adaptive import RK45
-from ..decoders import Decoder, Discretised, Flat
+from ..covariances.stored import load_variance, variance_names
 from ..denoiser import Denoiser
-from ..encoded_costs import encoded_costs, widened_costs
+from ..encoding.encoded_costs import encoded_costs, widened_costs
 from ..files import write_atomic, writing
-from ..grids import SPACINGS, dp_vb, edge_costs, linear, take
 from ..likelihood import Bound, evaluate, fit_decoder, log_likelihood
+from ..likelihoods.decoders import Decoder, Discretised, Flat
+from ..likelihoods.widened import Widened
 from ..noise import Draws
 from ..process import VP
 from ..progress import Progress
 from ..schedule import Linear, Schedule, Table
-from ..source import Source, open_source
+from ..solvers.adaptive import RK45
+from ..solvers.grids import SPACINGS, dp_vb, edge_costs, linear, take
+from ..training.source import Source, open_source
 from ..transition import Ancestral, Transition
-from ..variance import load_variance, variance_names
-from ..widened import Widened
 from ..wrap import WithCovariance
 from .likely import Asked, Examples, decoder_of, examples_of, load_data
 
@@ -80,7 +80,7 @@ def nll(source: str, data: str, **options: Any) -> dict[str, Any]:
 
 
 def _check_names(asked: Asked) -> None:
-    from ..parts import nearest
+    from ..training.parts import nearest
 
     known = {"estimator": ESTIMATORS, "bound_grid": GRIDS, "decoder": DECODERS}
     for option, names in known.items():

@@ -16,21 +16,21 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..adapters import merge
+from ..covariances.stored import load_variance
 from ..data import to_pixels
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
 from ..guidance import ClassifierFree, Guidance, Guided
-from ..policies import load_policy
-from ..policy import Policy
+from ..guiding.splits import SPLITS, split
+from ..likelihoods.widened import Widened
 from ..progress import Progress
-from ..samplers import SAMPLERS, sampler
 from ..sampling import generate
-from ..source import Source, open_source
-from ..splits import SPLITS, split
+from ..solvers.samplers import SAMPLERS, sampler
+from ..training.source import Source, open_source
 from ..transition import Transition
-from ..variance import load_variance
-from ..widened import Widened
+from ..tuning.adapters import merge
+from ..tuning.policy import Policy
+from ..tuning.stored import load_policy
 from ..wrap import Clipped, Counted, Extrapolated, WithCovariance
 from .guide import Guide, chosen, open_guide
 
@@ -173,7 +173,7 @@ def _choose(
 
     Classes guide by "strang" unless another is named, measurements by the source's own sampler.
     """
-    from ..parts import find, nearest
+    from ..training.parts import find, nearest
 
     own, options = source.transition
     name = name or (own if guide is None or guide.measured else next(iter(SPLITS)))
@@ -341,7 +341,7 @@ def _target(option: str, path: Path, suffix: str) -> Path:
 def _write(
     images: Tensor, out: Path | None, npz: Path | None, label: Tensor | None, columns: int | None, seen: Tensor | None
 ) -> None:
-    from ..plots import save_grid
+    from ..reports.plots import save_grid
 
     if out is not None:
         with writing(out):

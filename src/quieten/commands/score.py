@@ -12,9 +12,9 @@ from ..data import Dataset, Order
 from ..files import writing
 from ..metrics.ranking import auroc
 from ..metrics.result import Result
+from ..metrics.scores import denoising_errors, neighbour_distance, reconstruction_error
 from ..progress import Progress
-from ..scores import denoising_errors, neighbour_distance, reconstruction_error
-from ..source import Source, open_source
+from ..training.source import Source, open_source
 from .scored import Scored, write_scores
 from .variance import examples
 
@@ -56,7 +56,7 @@ def score(
         ValueError: For options that make no sense together, or that the model or the data cannot serve.
     """
     if by is not None and by not in BY:
-        from ..parts import nearest
+        from ..training.parts import nearest
 
         raise ValueError(f"`--by {by}` is unknown{nearest(by, BY)} (known: {', '.join(BY)})")
     if normal is not None and against is not None:
@@ -122,7 +122,7 @@ def _check(opened: Source, data: Dataset) -> None:
 
 
 def _numbers(names: str, classes: tuple[str, ...]) -> list[int]:
-    from ..parts import nearest
+    from ..training.parts import nearest
 
     known = {name.lower(): i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
     out = []
@@ -198,8 +198,8 @@ def _levels(opened: Source, count: int) -> list[float]:
 def _by_bound(
     opened: Source, x0: Tensor, cond: Mapping[str, Tensor], seed: int, batch: int, progress: Callable[[int], None]
 ) -> Tensor:
-    from ..decoders import Plain
     from ..likelihood import evaluate, fit_decoder
+    from ..likelihoods.decoders import Plain
     from ..transition import Ancestral
 
     grid = opened.grid(20, None)
@@ -217,7 +217,7 @@ def _by_bound(
 
 
 def _by_detector(trained: Tensor, x0: Tensor, seed: int) -> Tensor:
-    from ..anomaly import Detector, Plan
+    from ..tuning.anomaly import Detector, Plan
 
     plan = Plan()
     with Progress(plan.pretrain + plan.iterations, 0, "detector", unit="steps") as progress:
@@ -263,10 +263,10 @@ def tuned_energy(opened: Source, name: str) -> nn.Module:
     Raises:
         ValueError: If there is none, or it is damaged.
     """
-    from ..policies import load_policy
-    from ..runs import Run
-    from ..tune_start import make_energy, make_value, start_of
-    from ..weights import read_tensors, restore
+    from ..training.runs import Run
+    from ..training.weights import read_tensors, restore
+    from ..tuning.stored import load_policy
+    from ..tuning.tune_start import make_energy, make_value, start_of
 
     folder = next((f / name for f in opened.policies if (f / name / "ema.safetensors").is_file()), None)
     if folder is None:

@@ -77,7 +77,7 @@ def write_scores(folder: Path, scored: Scored, area: Result | None, protocol: Ma
 
 
 def _histogram(scored: Scored, what: str) -> bytes:
-    from ..plots import COLOURS, INK, figure_axes
+    from ..reports.plots import COLOURS, INK, figure_axes
 
     figure, axes = figure_axes(what, "examples")
     scores = scored.scores.double()
@@ -93,7 +93,7 @@ def _histogram(scored: Scored, what: str) -> bytes:
 
 
 def _curve(scores: Tensor, strange: Tensor, area: Result) -> bytes:
-    from ..plots import COLOURS, INK, figure_axes
+    from ..reports.plots import COLOURS, INK, figure_axes
 
     figure, axes = figure_axes("false alarms", "found")
     alarms, finds = roc(scores, strange)
@@ -112,7 +112,7 @@ def _png(figure: Any) -> bytes:
 
 def _pictures(folder: Path, scored: Scored) -> None:
     """Two rows of the least strange and two of the strangest; and where the strangest are so."""
-    from ..plots import save_grid
+    from ..reports.plots import save_grid
 
     if scored.x0.ndim != 4 or scored.x0.shape[1] not in (1, 3):
         return
@@ -121,7 +121,7 @@ def _pictures(folder: Path, scored: Scored) -> None:
     save_grid(torch.cat([scored.x0[order[:few]], scored.x0[order[-few:].flip(0)]]), folder / "examples.png", columns=8)
     if scored.where is None:
         return
-    from ..anomaly import upsampled
+    from ..tuning.anomaly import upsampled
 
     top = order[-min(8, len(order)) :].flip(0)
     heat = upsampled(scored.where[top].float(), (scored.x0.shape[2], scored.x0.shape[3]))

@@ -13,9 +13,9 @@ import torch
 from ..denoiser import Denoiser
 from ..files import write_atomic, writing
 from ..guidance import Guidance
+from ..guiding.stability import SOLVERS, Chart, stability, stability_png
 from ..progress import Progress
-from ..source import Source, open_source
-from ..stability import SOLVERS, Chart, stability, stability_png
+from ..training.source import Source, open_source
 from ..wrap import Clipped
 from .diagnose import results_folder
 from .guide import Guide, open_guide

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..classify import lessons
 from ..data import Dataset, load
 from ..files import write_atomic, writing
+from ..guiding.classify import lessons
 from ..nets import Classifier
 from ..progress import Progress
-from ..watch import signals
-from ..weights import packed, read_tensors, restore
+from ..training.watch import signals
+from ..training.weights import packed, read_tensors, restore
 
 __all__ = ["finish", "lesson_plan", "pupil", "splits", "taught", "weights_file"]
 

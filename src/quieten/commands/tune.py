@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from ..source import open_source
-from ..tune import PLAN, tune_policy
-from ..tune_start import Start, start_of
-from ..yardstick import held_out
+from ..training.source import open_source
+from ..tuning.tune import PLAN, tune_policy
+from ..tuning.tune_start import Start, start_of
+from ..tuning.yardstick import held_out
 from .variance import examples
 
 __all__ = ["tune"]
@@ -57,7 +57,7 @@ def tune(
         given["T"] = given.pop("steps")
     prize = None
     if reward is not None:
-        from ..reward import load_reward
+        from ..tuning.reward import load_reward
 
         if given.setdefault("method", "dxdp") != "dxdp":
             raise ValueError(f"`--reward` is what method dxdp tunes to (got --method {given['method']}): leave one of them out")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..covariances.fit import PLAN, fit_variance, schedule_ends, training_levels
+from ..covariances.stored import KINDS, load_variance, variance_names
 from ..data import Dataset, load
 from ..files import writing
 from ..metrics import Result, calibration
-from ..source import Source, open_source
-from ..variance import KINDS, load_variance, variance_names
-from ..variance_fit import PLAN, fit_variance, schedule_ends, training_levels
+from ..training.source import Source, open_source
 from ..wrap import WithCovariance
 
 __all__ = ["fit", "show"]
@@ -63,7 +63,7 @@ def fit(
 def _check_kind(kind: str | None) -> None:
     known = (*KINDS, "analytic")
     if kind is not None and kind not in known:
-        from ..parts import nearest
+        from ..training.parts import nearest
 
         raise ValueError(f"`--kind {kind}` is unknown{nearest(kind, known)} (known: {', '.join(known)})")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ..bundled import ZOO, Bundle, bundled, bundles
+from ..training.bundled import ZOO, Bundle, bundled, bundles
 
 __all__ = ["show"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..covariance import Learned
+from ..covariances.stored import described, save_variance
 from ..denoiser import Denoiser, Preconditioned
 from ..files import sync_tree
 from ..process import VP
 from ..schedule import Table
-from ..variance import described, save_variance
 from ..wrap import WithCovariance
 from .levels import FORMS, Index, betas
 from .network import Network

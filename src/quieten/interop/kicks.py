@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..guidance import Gradient
-from ..kick import EulerKick, Force, Span
+from ..guiding.kick import EulerKick, Force, Span
 from ..process import VP
 from .levels import table
 from .outside import KickFn, NoNetwork, Outside, at_time, wide

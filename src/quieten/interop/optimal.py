@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..basis import DCT
 from ..covariance import Learned
+from ..covariances.heads import Complex, Simple, find_tap, head_on
+from ..covariances.stored import KINDS
 from ..denoiser import Denoiser, convert
 from ..gaussian import Gaussian
-from ..heads import Complex, Simple, find_tap, head_on
 from ..process import VP, Level
 from ..transition import Ancestral, Hushed, Step
-from ..variance import KINDS
 from ..wrap import WithCovariance
 from .levels import FORMS, table
 
@@ -109,7 +109,7 @@ class OptimalCovarianceScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: Whether the last level is pure noise.
         eta: Share of the ancestral noise, 0 to 1.
         grey: Bound on the noise of the last noisy step, in grey levels; 0 for none.
-        kind: What the head predicts, see `quieten.variance.KINDS`.
+        kind: What the head predicts, see `quieten.covariances.stored.KINDS`.
         link: From its output to the variance, see `quieten.covariance.Learned`.
         block: Side of its blocks, if it predicts cosine coefficients.
         cap: Largest variance of a pixel; None for no bound.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser, convert
 from ..guidance import Gradient, Guidance
-from ..kick import MultistepKick
+from ..guiding.kick import MultistepKick
 from ..process import VP
 from ..schedule import Table
 from ..solver import AdamsBashforth

@@ -9,8 +9,8 @@ All of them are float64 on the CPU, whatever the images were. Randomness comes f
 same arguments give the same digits, and the global generators are left alone. Nothing depends on the sizes of batches.
 """
 
-from ..features import Extractor, Statistics
 from .calibrate import calibration
+from .features import Extractor, Statistics
 from .kernels import energy_distance, kid
 from .manifold import Manifold, prdc
 from .memory import Memorisation, memorisation

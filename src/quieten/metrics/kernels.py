@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..features import Extractor
+from .features import Extractor
 from .result import Result, features_of, protocol, same_width
 
 __all__ = ["energy_distance", "kid"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..features import Extractor
+from .features import Extractor
 from .result import Result, features_of, halves, protocol, same_width, spread
 
 __all__ = ["Manifold", "nearest", "prdc"]

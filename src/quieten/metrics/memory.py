@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..features import Extractor
+from .features import Extractor
 from .manifold import nearest
 from .ranking import auroc
 from .result import Result, features_of, protocol, same_width
@@ -51,7 +51,7 @@ class Memorisation:
             train: The training examples, (N, C, H, W) in [-1, 1].
             count: Number of pairs.
         """
-        from ..plots import save_grid
+        from ..reports.plots import save_grid
 
         shown = self.closest(count)
         width = min(len(shown), 8)

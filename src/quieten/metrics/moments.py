@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..features import Extractor, Statistics
+from .features import Extractor, Statistics
 from .result import Result, features_of, halves, protocol, reference_statistics, spread
 
 __all__ = ["frechet", "frechet_distance"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..features import Extractor, Statistics
+from .features import Extractor, Statistics
 
 __all__ = ["Protocol", "Result", "features_of", "halves", "protocol", "spread"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..features import Extractor
+from .features import Extractor
 from .result import Result, features_of, halves, protocol, same_width, spread
 
 __all__ = ["sliced_wasserstein"]
