@@ -91,7 +91,7 @@ class NoisyClassifier(nn.Module):
         Raises:
             ValueError: If there is none, it is damaged, or it is a classifier of clean images.
         """
-        from ..training.runs import read_tensors, restore
+        from ..training.weights import read_tensors, restore
 
         named = str(path_or_name).startswith("zoo:")
         path = bundled(str(path_or_name), "classifiers", "-noisy", "noise-aware classifier") if named else Path(path_or_name)

@@ -141,7 +141,7 @@ class Extractor:
             ValueError: If there is none, it is damaged, or another file than expected.
         """
         from ..nets import Classifier
-        from ..training.runs import read_tensors
+        from ..training.weights import read_tensors
 
         kind, _, rest = str(name_or_path).partition(":")
         if kind == "zoo":

@@ -252,7 +252,7 @@ def inception(
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    from ..training.runs import read_tensors
+    from ..training.weights import read_tensors
 
     if path.suffix == ".safetensors":
         return read_tensors(path, "get it again")[0]
@@ -267,7 +267,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _fill(network: FIDInception, tensors: dict[str, Tensor], path: Path) -> None:
-    from ..training.runs import restore
+    from ..training.weights import restore
 
     kept = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")}
     counted = {name: torch.zeros((), dtype=torch.int64) for name in kept}  # not in all files, and never used

@@ -59,7 +59,7 @@ def save_policy(
     Raises:
         ValueError: If it cannot be written.
     """
-    from ..training.runs import packed
+    from ..training.weights import packed
 
     steps, net = policy.transition, _network(policy.denoiser)
     few = adapters.adapters(net)
@@ -114,7 +114,7 @@ def load_policy(
     Raises:
         ValueError: If there is none of that name, it is damaged, or it belongs to another denoiser.
     """
-    from ..training.runs import read_tensors, restore
+    from ..training.weights import read_tensors, restore
 
     file = _find(where, name)
     tensors, metadata = read_tensors(file, "tune again")
