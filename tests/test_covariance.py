@@ -359,3 +359,19 @@ def test_clipped_denoisers_keep_their_bounded_variance():
     data = GaussianData(torch.zeros(3), 1.0, VP)
     model = Clipped(WithCovariance(data, HessianDiagonal(constant(0.0), cap=1.0)), 1.0)
     assert (model(torch.randn(2, 3), -5.0).var == 1.0).all()
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("process", [VP, VE, FLOW], ids=str)
+def test_a_crude_variance_is_none_at_the_data(process, as_tensor):
+    data = gaussian_data("vector", process)
+    lam = torch.full((4,), math.inf, dtype=torch.float64) if as_tensor else math.inf
+    x = torch.randn(4, *data.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(Fisher()(data, x, lam, data(x, lam)), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("process", [VP, VE, FLOW], ids=str)
+def test_pure_noise_says_nothing_of_the_full_covariance(process):
+    data = gaussian_data("vector", process)
+    with refuses("`lam` = -inf", "finite"):
+        posterior_covariance(data, torch.zeros(2, *data.shape, dtype=torch.float64), -math.inf)

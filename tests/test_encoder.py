@@ -314,3 +314,14 @@ def test_the_bound_trains_encoder_and_denoiser_together():
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in encoder.parameters())
     p = Ancestral()(denoiser.eval(), torch.randn(2, 1, 8, 8), -1.0, 1.0).p
     assert bool(p.mean.isfinite().all())
+
+
+@pytest.mark.parametrize("lam", [torch.tensor(1.0, dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64).expand(5)])
+def test_one_level_for_all_examples_keeps_forward_mode(lam):
+    x, _ = data()
+    encoder = LearnedEncoder(Smooth())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, rate = encoder.with_rate(x, lam)
+    _, wanted = finite_rate(lambda level: encoder(x, level), lam.expand(len(x)), 1e-4)
+    within(1e-6, (rate - wanted).abs().max(), "rate at one level")

@@ -370,3 +370,38 @@ def test_refusals():
     bounds = [elbo(data, x0, Plain(), karras(K), draws=keyed(2)) for K in (3, 4)]
     with refuses("`bounds`", "one protocol"):
         Bound.cat(bounds)
+
+
+@pytest.mark.parametrize("levels", [Linear(4.0, -4.0), karras(5)[:-1]], ids=["continuous", "steps"])
+@pytest.mark.parametrize("encoder", [None, Contraction()])
+def test_an_encoder_and_its_process_go_together(levels, encoder):
+    class Own(Denoiser):
+        process, shape = Encoded(VP) if encoder is None else VP, (2,)
+
+        def forward(self, x, lam, **cond):
+            return Gaussian(x, scalar(0.1))
+
+    with refuses("`encoder`", "Encoded"):
+        elbo(Own(), torch.zeros(3, 2), Plain(0.1), levels, draws=Draws(0, 0, range(3)), encoder=encoder)
+
+
+@pytest.mark.parametrize("decoder", [Plain(), Discretised(), Dequantised()], ids=str)
+def test_a_last_kernel_without_variance_is_refused_and_a_variance_of_the_decoder_helps(decoder):
+    class Sure(Denoiser):
+        """Of one number it is certain."""
+
+        process, shape = VP, (2,)
+
+        def forward(self, x, lam, **cond):
+            return Gaussian(x, torch.tensor([0.0, 0.1], dtype=x.dtype).expand_as(x))
+
+    grid, x0, draws = karras(5, 0.1)[:-1], torch.full((3, 2), 1 / 255.0), Draws(0, 0, range(3))
+    with refuses("variance 0", "Discretised(var=1e-4)"):
+        elbo(Sure(), x0, decoder, grid, draws=draws)
+    assert elbo(Sure(), x0, type(decoder)(0.1), grid, draws=draws).total.isfinite().all()
+
+
+@pytest.mark.parametrize("lam", [math.inf, -math.inf])
+def test_flat_values_need_noise_to_be_told_apart_by(lam):
+    with refuses("`lam_t`", "finite"):
+        Flat()(None, torch.zeros(2, 3), torch.zeros(2, 3), lam)

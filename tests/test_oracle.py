@@ -259,3 +259,14 @@ def test_bad_data_are_refused():
             data(torch.zeros(2, 4), 0.0)
         with refuses("'score'", "sigma=0"):
             data.score(torch.zeros(2, 5, dtype=torch.float64), INF)
+
+
+@pytest.mark.parametrize("process", [VP, VE, FLOW], ids=str)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("lam", [math.inf, 800.0])
+def test_without_noise_finite_data_are_the_nearest_point(process, as_tensor, lam):
+    points = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5]], dtype=torch.float64)
+    level = torch.full((3,), lam, dtype=torch.float64) if as_tensor else lam
+    p = FiniteData(points, process)(points.roll(1, 0), level)
+    assert torch.equal(p.mean, points.roll(1, 0))
+    assert torch.equal(p.var, torch.zeros_like(points))

@@ -334,3 +334,25 @@ def test_statistics_are_a_named_tuple() -> None:
     assert isinstance(stats, TargetStats)
     assert stats.square is None
     assert all(value.shape == (5,) for value in stats[:3])
+
+
+def test_a_source_is_where_x_comes_from_whatever_the_tail():
+    """PFGM++'s noise: R = r sqrt(chi^2_D / chi^2_D'), r = sigma sqrt(D'), in any direction."""
+    D, tail, n = 4, 0.5, 200
+    generator = torch.Generator().manual_seed(0)
+    refs = torch.randn(n, D, generator=generator, dtype=torch.float64)
+    direction = torch.randn(n, D, generator=generator, dtype=torch.float64)
+    gamma = torch._standard_gamma(torch.full((n,), tail / 2, dtype=torch.float64), generator=generator)
+    x = refs + 0.7 * math.sqrt(tail) * direction / (2 * gamma).sqrt()[:, None]
+    source = torch.arange(n)
+    a, b = (stable_target(x, refs, 1.0, 0.7, tail=tail, source=s) for s in (source, None))
+    within(1e-9, ((a - b) / (1 + b.abs())).abs().max(), "with and without the source")
+    with pytest.raises(ValueError, match="`source` names a reference"):
+        stable_target(x, refs, 1.0, 0.7, source=source)
+
+
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_a_source_must_be_a_place_among_the_references(wrong):
+    refs = torch.zeros(3, 2)
+    with refuses("`source`", "0 to 2"):
+        stable_target(torch.zeros(2, 2), refs, 1.0, 0.5, source=torch.tensor([0, wrong]))

@@ -180,9 +180,11 @@ def over_snr(rho: Tensor, lam: Level, x: Tensor) -> Tensor:
 
 
 def noise_of(p: Gaussian, x: Tensor, lam: Level, denoiser: Denoiser) -> Tensor:
-    """The noise (x - alpha E[x0]) / sigma that an estimate of x0 means."""
+    """The noise (x - alpha E[x0]) / sigma that an estimate of x0 means; 0 at lam = +inf, where there is none."""
     alpha, sigma = denoiser.process.scales_over(lam, x)
-    return (x - alpha * p.mean) / sigma
+    if isinstance(sigma, Tensor):
+        return torch.where(sigma > 0, (x - alpha * p.mean) / sigma, 0.0)
+    return (x - alpha * p.mean) / sigma if sigma else torch.zeros_like(x)
 
 
 class Fisher(VarianceSource):

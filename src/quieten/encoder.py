@@ -151,7 +151,7 @@ class LearnedEncoder(Encoder):
 
     def y_with_rate(self, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """y and d y / d lam, both (B, *)."""
-        lam = lam.expand(len(x))
+        lam = lam.expand(len(x)).contiguous()  # forward mode writes to it
         if self._forward_mode:
             try:
                 return forward_rate(lambda level: self.y(x, level), lam)

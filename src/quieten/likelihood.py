@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .gaussian import Gaussian
-from .likelihoods.bound import drift_error, prior_term
+from .likelihoods.bound import check_encoder, drift_error, prior_term
 from .likelihoods.decoders import Decoder, summed
 from .likelihoods.density import log_likelihood
 from .noise import Draws
@@ -130,7 +130,8 @@ def elbo(
 
     Raises:
         ValueError: For a kernel that is no Gaussian with a positive variance (deterministic steps: DDIM, ODE solvers), that
-            needs history, or that maps the state after the draw; eta below 1; a grid that does not rise strictly.
+            needs history, or that maps the state after the draw; eta below 1; a grid that does not rise strictly; an encoder
+            without a process that has one, or the other way round.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 5
@@ -151,6 +152,7 @@ def elbo(
         raise ValueError(f"`draws` is for {len(draws)} examples, `x0` has {len(x0)}: give one position per example")
     if not x0.is_floating_point():
         raise ValueError(f"`x0` must be floats (got {x0.dtype}): scale bytes by k / 127.5 - 1, as Dataset.batch does")
+    check_encoder(encoder, denoiser.process)
     x0 = decoder.prepare(x0 if x0.device.type == "mps" else x0.double(), draws)
     if isinstance(grid_or_schedule, Schedule):
         if transition is not None:
@@ -235,6 +237,7 @@ def fit_decoder(
     """
     if not decoder.uses_step:
         return decoder
+    check_encoder(encoder, denoiser.process)
     transition, device, total = transition or Ancestral(), denoiser.device, 0.0
     for i in range(0, len(x0), batch):
         rows = slice(i, min(i + batch, len(x0)))
@@ -286,8 +289,8 @@ def _in_steps(
 
 
 def _check_transition(transition: Transition) -> None:
-    eta = getattr(transition, "eta", 1.0)
-    if eta < 1.0:
+    eta = getattr(transition, "eta", None)
+    if eta is not None and eta < 1.0:
         raise ValueError(f"`transition` has eta={eta:g}: the bound compares kernels with the posterior of the forward process, "
                          "whose noise is that of eta=1; use Ancestral(1)")  # fmt: skip
 

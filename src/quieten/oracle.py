@@ -203,8 +203,8 @@ class FiniteData(Oracle):
         self.chunk = chunk
         self.register_buffer("points", points if points.is_floating_point() else points.double())
 
-    def _logits(self, x: Tensor, lam: Level) -> Tensor:
-        """-||x - alpha y||^2 / (2 sigma^2) for each point y, up to a term of the row: (B, N).
+    def _nearness(self, x: Tensor, lam: Level) -> tuple[Tensor, Any]:
+        """-||x - alpha y||^2 / 2 for each point y, up to a term of the row: (B, N); and sigma^2.
 
         As a product of matrices, about the mean point so that large offsets do not cancel.
         """
@@ -213,14 +213,16 @@ class FiniteData(Oracle):
         centre = points.mean(0)
         points = points - centre
         z = x.flatten(1) - alpha * centre
-        return (z @ points.T * alpha - 0.5 * alpha * alpha * points.square().sum(1)) / (sigma * sigma)
+        return z @ points.T * alpha - 0.5 * alpha * alpha * points.square().sum(1), sigma * sigma
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
         flat, points = self._flat(x), self.points.to(x).flatten(1)
         means, vars = [], []
         for i in range(0, max(len(x), 1), self.chunk):
             rows = slice(i, i + self.chunk)
-            w = self._logits(flat[rows], lam[rows] if isinstance(lam, Tensor) and lam.ndim else lam).softmax(1)
+            near, var = self._nearness(flat[rows], lam[rows] if isinstance(lam, Tensor) and lam.ndim else lam)
+            near, least = near - near.amax(1, keepdim=True), torch.finfo(x.dtype).tiny  # without noise: the nearest point
+            w = (near / (var.clamp_min(least) if isinstance(var, Tensor) else max(var, least))).softmax(1)
             mean = w @ points
             means.append(mean)
             vars.append((w @ (points - points.mean(0)).square() - (mean - points.mean(0)).square()).clamp_min(0.0))
@@ -240,11 +242,8 @@ class FiniteData(Oracle):
         row = -0.5 * (flat - alpha * centre).square().sum(1, keepdim=True) / (sigma * sigma)
         d = flat.shape[1]
         level = torch.as_tensor(sigma, dtype=flat.dtype).log().reshape(-1)
-        return (
-            (self._logits(flat, lam) + row).logsumexp(1)
-            - math.log(len(self.points))
-            - d * (level + 0.5 * math.log(2 * math.pi))
-        )
+        near, var = self._nearness(flat, lam)
+        return (near / var + row).logsumexp(1) - math.log(len(self.points)) - d * (level + 0.5 * math.log(2 * math.pi))
 
     def sample(self, noise: Noise) -> Tensor:
         k = (noise.uniform(0, "point") * len(self.points)).long().to(self.points.device)

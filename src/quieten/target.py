@@ -132,8 +132,8 @@ def stable_target(
     _check_shapes(x, refs, source, mask, tail)
     flat, y = _flat(x), _flat(refs)
     a, s = (_per_row(value, x, name) for name, value in (("alpha", alpha), ("sigma", sigma)))
+    _check_values(flat, y, source, a, s, mask, gaussian=tail is None)
     base = None if source is None else y[source]
-    _check_values(flat, base, a, s, mask)
     p = posterior(flat, y, a, s, base=base, mask=mask, tail=tail, chunk=chunk, precise=precise, spread=moments)
     alpha_, sigma_ = a[:, None], s[:, None]
     coefficient_eps, coefficient_x0 = form_coefficients(out, alpha_, sigma_)
@@ -179,11 +179,16 @@ def _check_shapes(x: Tensor, refs: Tensor, source: Tensor | None, mask: Tensor |
         raise ValueError(f"`tail` must be above 0 (got {tail}): None is the Gaussian kernel")
 
 
-def _check_values(x: Tensor, base: Tensor | None, alpha: Tensor, sigma: Tensor, mask: Tensor | None) -> None:
+def _check_values(
+    x: Tensor, refs: Tensor, source: Tensor | None, alpha: Tensor, sigma: Tensor, mask: Tensor | None, gaussian: bool
+) -> None:
     """Refuses numbers that make no sense, with one look at the device."""
     zero = torch.zeros((), dtype=torch.bool, device=x.device)
-    wrong = zero
-    if base is not None:
+    wrong = outside = zero
+    if source is not None:
+        outside = ((source < 0) | (source >= len(refs))).any()
+    if source is not None and gaussian:  # a heavy tail reaches everywhere
+        base = refs[source.clamp(0, len(refs) - 1)]
         rounding = 4 * torch.finfo(x.dtype).eps * (x.norm(dim=1) + alpha * base.norm(dim=1))
         far = (x - alpha[:, None] * base).norm(dim=1)  # a chi-distributed number of sigmas: 12 beyond the mean is out of reach
         wrong = (far > sigma * (x.shape[1] ** 0.5 + 12) + rounding).any()
@@ -193,8 +198,9 @@ def _check_values(x: Tensor, base: Tensor | None, alpha: Tensor, sigma: Tensor, 
         zero if mask is None else (~mask.any(1)).any(),
         zero if mask is None or mask.shape[1] < 2 else (mask.sum(1) < 2).any(),
         wrong,
+        outside,
     ]
-    bad_sigma, bad_alpha, empty, alone, elsewhere = torch.stack(checks).tolist()
+    bad_sigma, bad_alpha, empty, alone, elsewhere, missing = torch.stack(checks).tolist()
     if bad_sigma:
         raise ValueError(
             f"`sigma` must be positive and finite (got {_least(sigma)}): there is nothing to average without noise"
@@ -203,6 +209,8 @@ def _check_values(x: Tensor, base: Tensor | None, alpha: Tensor, sigma: Tensor, 
         raise ValueError("`alpha` must be finite: check the schedule")
     if empty:
         raise ValueError("`mask` leaves a row without any reference: let each row use at least its own source")
+    if missing:
+        raise ValueError(f"`source` must name references by their places, 0 to {len(refs) - 1}: it holds others")
     if elsewhere:
         raise ValueError("`source` names a reference from which x cannot come at its sigma: put the clean examples among "
                          "`refs` exactly as they were noised, and say where")  # fmt: skip

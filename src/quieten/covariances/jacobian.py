@@ -142,7 +142,14 @@ def posterior_covariance(denoiser: Denoiser, x: Tensor, lam: Level) -> Tensor:
     """Cov[x0 | x_t] (B, D, D) in full, (sigma^2 / alpha) J made symmetric, its negative eigenvalues set to 0: for small D.
 
     Takes D backward passes of one graph. With `Lanczos` nothing of this size is built.
+
+    Raises:
+        ValueError: At lam = -inf, where the denoiser does not depend on x and says nothing of the covariance.
     """
+    if isinstance(lam, float) and lam == -math.inf:
+        raise ValueError(
+            "`lam` = -inf is pure noise, where the covariance does not follow from the denoiser: take a finite level"
+        )
     rows, flat = [], x.flatten(1)
     with torch.enable_grad():
         z = x.detach().requires_grad_()

@@ -24,6 +24,7 @@ __all__ = [
     "REVERSE_VARIANCES",
     "Terms",
     "VariationalBound",
+    "check_encoder",
     "continuous",
     "drift_error",
     "in_steps",
@@ -258,9 +259,7 @@ class VariationalBound(Objective):
         return u.to(x0.device, level_dtype(x0))
 
     def _process(self, denoiser: Denoiser) -> Process:
-        if (self.encoder is not None) != isinstance(denoiser.process, Encoded):
-            raise ValueError("an `encoder` in the bound and a denoiser with the process Encoded(...) need each other: got "
-                             f"{'an' if self.encoder else 'no'} encoder and {denoiser.process}")  # fmt: skip
+        check_encoder(self.encoder, denoiser.process)
         return denoiser.process
 
     def _encoded_ends(self, x0: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,10 +334,17 @@ def drift_error(
         **cond: Free conditions.
     """
     error, d_hat, own = mean_error(denoiser, x_t, eps, lam, **cond)
-    if x_rate is not None:
+    if x_rate is not None or isinstance(denoiser.process, Encoded):  # data at rest have a rate too: zero
         alpha, sigma = denoiser.process.scales_over(lam, x_t)
-        error = error + (alpha / sigma) * (x_rate - d_hat)
+        error = error + (alpha / sigma) * ((0.0 if x_rate is None else x_rate) - d_hat)
     return error, own
+
+
+def check_encoder(encoder: nn.Module | None, process: Process) -> None:
+    """Raises ValueError unless a bound has an encoder where the denoiser's process has one, and only there."""
+    if (encoder is not None) != isinstance(process, Encoded):
+        raise ValueError("an `encoder` in the bound and a denoiser with the process Encoded(...) need each other: got "
+                         f"{'no' if encoder is None else 'an'} encoder and {process}")  # fmt: skip
 
 
 def prior_term(process: Process, x: Tensor, lam: Tensor) -> Tensor:

@@ -189,6 +189,8 @@ class Flat(Decoder):
 
     def __call__(self, step: Step | None, x0: Tensor, x_t: Tensor, lam_t: Level) -> Tensor:
         pixels = self.pixels
+        if isinstance(lam_t, float) and math.isinf(lam_t):
+            raise ValueError(f"`lam_t` = {lam_t:+} has no noise to tell values by: end the grid at a finite level")
         alpha, sigma = self.process.scales(lam_t)
         z, width = x_t / alpha, 2.0 * pixels.half * alpha / sigma  # distance of neighbours in standard deviations
         reach = min(pixels.levels - 1, 1 + math.ceil(9.0 / float(width.detach() if isinstance(width, Tensor) else width)))
@@ -323,6 +325,9 @@ def _last_kernel(step: Step | None, var: float | None) -> Gaussian:
     if not isinstance(p, Gaussian) or p.is_point:
         raise ValueError("the last kernel has no variance for the decoder: give it one, as in Discretised(var=1e-4), or take "
                          "Ancestral() on a denoiser that reports a variance")  # fmt: skip
+    if p.var.numel() and not bool(p.var.detach().min() > 0):
+        raise ValueError("the last kernel has variance 0 or NaN somewhere, and the bound is infinite or no number: give the "
+                         "decoder a variance, as in Discretised(var=1e-4), or look at the source of the variance")  # fmt: skip
     return p
 
 
