@@ -298,6 +298,8 @@ class Exponential(Transition):
         | https://arxiv.org/abs/2211.01095
     """
 
+    eta: float
+
     def __init__(self, order: int = 2, eta: float = 0.0):
         super().__init__()
         if order not in (1, 2, 3):

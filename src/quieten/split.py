@@ -225,7 +225,8 @@ class Split(Transition):
 
     Arguments:
         guidance: The gradient to follow; the sampler is given the unguided denoiser.
-        flow: The denoiser's solver: any transition; None is `AdamsBashforth(4)`. If random, it must have no history.
+        flow: The denoiser's solver: any transition; None is `AdamsBashforth(4)`. If random, it must have no history, and an
+            `eta` (see `Transition`).
         kick: The guidance's solver, for "lie" and "strang"; None is `EulerKick()`. "additive" takes a `MultistepKick`.
         scheme: One of `SCHEMES`.
         order: Of "lie": "BA" kicks first, as released; "AB" moves first, as in the paper.
@@ -261,7 +262,7 @@ class Split(Transition):
                              "switch its corrector off")  # fmt: skip
         self.guidance = guidance
         self.flow = AdamsBashforth(4) if flow is None else flow
-        self.kick = kick
+        self.kick, self.eta = kick, self.flow.eta
         self.scheme, self.order, self.second_coef = scheme, order, second_coef
         self._around = _scheme(scheme, kick, order, second_coef)
 
@@ -285,6 +286,9 @@ class Split(Transition):
         if isinstance(step.p, Gaussian) and step.p.is_point:
             x_s, held = after(step.p.mean)
             return Step(Gaussian(x_s), step.x0, Memory(memory.steps + 1, step.memory, held))
+        if self.flow.eta is None and lam_s > lam_t:
+            raise ValueError(f"`flow`={type(self.flow).__name__} is random, but which share of the ancestral noise it has is "
+                             "unknown, and with it how strong kicks are: give it an `eta`, or use Ancestral()")  # fmt: skip
         if step.memory is not None:
             raise ValueError("`flow` is random and remembers steps, but kicks move the states it remembers: "
                              "give a random flow of order 1, such as Ancestral()")  # fmt: skip
@@ -312,8 +316,8 @@ class Split(Transition):
 
     def _strength(self, denoiser: Denoiser, lam_t: float, lam_s: float) -> float:
         """What a kick counts for beside a random move: the share of a change of x0 in its kernel, over that in DDIM's."""
-        eta: float = getattr(self.flow, "eta", 0.0)
-        if eta == 0.0 or lam_s < lam_t:
+        eta = self.flow.eta
+        if not eta or lam_s < lam_t:
             return 1.0
         (_, random, *_), (_, plain, *_) = (denoiser.process.coefficients(lam_t, lam_s, e) for e in (eta, 0.0))
         return random / plain
@@ -356,7 +360,7 @@ class Projected(Transition):
         super().__init__()
         if not callable(project):
             raise ValueError(f"`project` must be a function (x, lam) -> x (got {type(project).__name__})")
-        self.inner, self.project, self.revisits = inner, project, inner.revisits
+        self.inner, self.project, self.revisits, self.eta = inner, project, inner.revisits, inner.eta
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
         step = self.inner(denoiser, x_t, lam_t, lam_s, memory)

@@ -40,9 +40,13 @@ class Transition(nn.Module, ABC):
 
     Attributes:
         revisits: Whether it gives a meaning to levels that repeat or fall within a rising grid.
+        eta: Share of the ancestral noise that its steps to higher log-SNR have, which says what their means make of a change
+            of x0: 0 where they go by the ODE, 1 where by the whole reverse process, whatever variance is added to that. None,
+            for deterministic steps, or where nobody knows. Wrappers have that of what they wrap. `Split` goes by it.
     """
 
     revisits: bool = False
+    eta: float | None = None
 
     @abstractmethod
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
@@ -80,6 +84,8 @@ class Ancestral(Transition):
         | Improved Denoising Diffusion Probabilistic Models (Nichol, Dhariwal, 2021), eq. 15, for `range`
         | https://arxiv.org/abs/2102.09672
     """
+
+    eta: float
 
     def __init__(
         self,
@@ -147,7 +153,7 @@ class Hushed(Transition):
         super().__init__()
         if not grey > 0 or not 0 <= last < len(grid):
             raise ValueError(f"`grey` must be positive and `last` within the {len(grid) - 1} steps (got {grey}, {last})")
-        self.inner, self.revisits = inner, inner.revisits
+        self.inner, self.revisits, self.eta = inner, inner.revisits, inner.eta
         self.var, self.level = (grey / 127.5) ** 2 * math.pi / 2, float(grid[-1 - last]) if last else math.inf
         self.grey, self.last = grey, last
 
@@ -179,7 +185,7 @@ class Churn(Transition):
         super().__init__()
         if s_noise < 0:
             raise ValueError(f"`s_noise` must not be negative (got {s_noise})")
-        self.inner, self.s_noise = inner, s_noise
+        self.inner, self.s_noise, self.eta = inner, s_noise, inner.eta
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
         if lam_s >= lam_t:
@@ -214,6 +220,7 @@ class Langevin(Transition):
         if compat not in (None, "official"):
             raise ValueError(f"`compat` must be 'official' or None (got {compat!r})")
         self.inner, self.snr, self.compat = Ancestral() if inner is None else inner, snr, compat
+        self.eta = self.inner.eta
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:
         if lam_s != lam_t:

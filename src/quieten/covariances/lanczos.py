@@ -101,6 +101,8 @@ class Lanczos(Transition):
         | https://arxiv.org/abs/2406.10808
     """
 
+    eta: float
+
     def __init__(
         self, steps: int = 3, eta: float = 1.0, clip: Clip | None = None, keep_eps: bool = False, symmetric: bool = False
     ):

@@ -74,6 +74,7 @@ class ValueKick(Transition):
         if wrong:
             raise ValueError(f"`steps` must lie in 0..{inner.T - 1} (got {wrong[0]})")
         self.inner, self.value, self.scale, self.cond = inner, value, float(scale), dict(cond or {})
+        self.eta = inner.eta
         self.steps = None if steps is None else frozenset(steps)
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:

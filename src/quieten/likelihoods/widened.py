@@ -43,7 +43,7 @@ class Widened(Transition):
 
     def __init__(self, inner: Transition, levels: Schedule | Tensor | Sequence[float], excess: Tensor):
         super().__init__()
-        self.inner, self.excess = inner, excess.tolist()
+        self.inner, self.eta, self.excess = inner, inner.eta, excess.tolist()
         if isinstance(levels, Schedule):
             with torch.no_grad():
                 levels = levels(torch.linspace(0, 1, len(excess) + 1, dtype=torch.float64))

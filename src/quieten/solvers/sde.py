@@ -34,6 +34,8 @@ class EulerMaruyama(Transition):
         | https://arxiv.org/abs/2011.13456
     """
 
+    eta = 1.0
+
     def __init__(self, time: Schedule | None = None):
         super().__init__()
         self.time = time

@@ -77,7 +77,7 @@ class Tuned(Transition):
         adhoc_scale2: float = 1.0,
     ):
         super().__init__()
-        self.lams = check_grid(grid)
+        self.lams, self.eta = check_grid(grid), inner.eta
         self.inner, self.process, self.mean_map, self.adhoc_scale1 = inner, process, mean_map, float(adhoc_scale1)
         self.T, self.last_std = len(self.lams) - 1, _positive("last_std", last_std)
         self.from_kernel = isinstance(std, str)
