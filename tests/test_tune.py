@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import quieten.tuning.tune_loop
 from conftest import Type
 from helpers import refuses
 from quieten import generate, open_source
+from quieten.commands.score import tuned_energy
+from quieten.comparing.lineup import Entrant
 from quieten.data import Dataset
 from quieten.fit import fit
 from quieten.oracle import GaussianData
@@ -434,6 +437,35 @@ def test_the_command_line_tunes_and_samples(toy: Path, tmp_path: Path, typed: Ty
     with np.load(arrays) as written:
         grey = ((drawn + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
         assert np.abs(written["images"].astype(int) - grey.astype(int)).max() <= 1
+
+
+def test_a_policy_in_another_folder_is_named_with_it(toy: Path, tmp_path: Path, typed: Type, monkeypatch: Any) -> None:
+    """What is printed after tuning can be typed, and every command that names a policy takes it."""
+    monkeypatch.chdir(tmp_path)
+    command = ("tune", toy, data_file(tmp_path), "--steps", 2, "--images", 8, "--batch", 8, "--every", 8, "-n", 20)
+    for out, given in (("pp", "pp/far.2"), (".", "./far.2"), ("two words", "two words/far.2")):
+        ran = typed(*command, "--name", "far.2", "--out", out)
+        assert ran.code == 0, ran.err
+        printed = shlex.split(ran.out.splitlines()[-1])
+        assert printed == ["quieten", "sample", str(toy), "--policy", given]
+        ran = typed(*printed[1:], "-n", 2, "--out", "x.png")
+        assert ran.code == 0, ran.err
+        assert "far.2 in 2 steps" in ran.out
+    contender = Entrant(str(toy), open_source(str(toy))).contender("policy:pp/far.2", 50)
+    assert (contender.steps, contender.sampler, contender.command.split()[-4:-2]) == (
+        2,
+        "policy:far.2",
+        ["--policy", "pp/far.2"],
+    )
+    energy = tuned_energy(open_source(str(toy)), "pp/far.2")
+    assert not any(p.requires_grad for p in energy.parameters())
+    for words in (
+        ("sample", toy, "--policy", "pp/oc"),
+        ("score", toy, data_file(tmp_path), "--split", "train", "--policy", "pp/oc"),
+    ):
+        ran = typed(*words)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
+        assert "no policy 'pp/oc'" in ran.err
 
 
 def test_a_diffusers_model_is_tuned_by_adapters(tmp_path: Path, typed: Type) -> None:

@@ -1,19 +1,23 @@
 """Variances on disk: fitted, resumed, loaded, refused; and the commands around them."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from helpers import refuses
 from quieten.cli import main
+from quieten.comparing.lineup import Entrant
 from quieten.covariance import Analytic, Fisher, HessianDiagonal, Unit
 from quieten.covariances.fit import fit_variance, measure_analytic
 from quieten.covariances.jacobian import Probed
 from quieten.covariances.stored import fingerprint, load_variance, make_variance, save_variance, variance_names
-from quieten.data import Dataset
+from quieten.data import Dataset, to_pixels
+from quieten.fit import fit
 from quieten.noise import Noise
 from quieten.objective import Batch
 from quieten.oracle import GaussianData
@@ -32,8 +36,6 @@ PLAN = Train(images=48, batch=8, lr=1e-2, warmup=0, clip=None, ema=16, precision
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run with weights, hardly trained."""
-    from quieten.fit import fit
-
     path = tmp_path_factory.mktemp("variance") / "toy"
     fit(toy_run(path, "train.images=16", "data.flip=false"), data=toy_data())
     return path
@@ -201,8 +203,6 @@ def test_analytic_measures_gaussian_data_within_its_errors():
 
 def test_from_the_command_line_to_pictures(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import numpy as np
-
     np.savez(
         tmp_path / "toy.npz",
         images=toy_data().images.add(1).mul(127.5).clamp(0, 255).byte().numpy(),
@@ -239,6 +239,36 @@ def test_from_the_command_line_to_pictures(trained, tmp_path, capsys, monkeypatc
         assert line.count("\n") == 1
         for piece in pieces:
             assert piece in line
+
+
+def test_a_variance_in_another_folder_is_named_with_it(trained, tmp_path, typed, monkeypatch):
+    """What is printed after fitting can be typed, and every command that names a variance takes it."""
+    monkeypatch.chdir(tmp_path)
+    pictures = toy_data()
+    np.savez("toy.npz", images=to_pixels(pictures.all()).numpy(), labels=pictures.labels.numpy())
+    fitting = ("variance", "fit", trained, "toy.npz", "--kind", "analytic", "--images", 8, "--name", "zz", "--out", "vv")
+    ran = typed(*fitting)
+    assert ran.code == 0, ran.err
+    printed = ran.out.splitlines()[-1].split()
+    assert printed == ["quieten", "sample", str(trained), "--variance", "vv/zz"]
+    ran = typed(*printed[1:], "--steps", 2, "-n", 2, "--out", "a.png")
+    assert ran.code == 0, ran.err
+    ran = typed("variance", "show", trained, "toy.npz", "--split", "train", "--variance", "vv/zz", "-n", 8, "--levels", 2,
+                "--out", "c.png")  # fmt: skip
+    assert ran.code == 0, ran.err
+    ran = typed("nll", trained, "toy.npz", "--split", "train", "-n", 4, "--steps", 3, "--variance", "vv/zz", "--out", "n.json")
+    assert ran.code == 0, ran.err
+    assert json.loads(Path("n.json").read_text())["protocol"]["variance"] == "zz"
+    entrant = Entrant(str(trained), open_source(str(trained)))
+    digest = hashlib.sha256(Path("vv/zz.safetensors").read_bytes()).hexdigest()
+    for name in ("vv/zz", "./vv/zz.safetensors"):
+        assert entrant.contender(f"ancestral:{name}", 2).facts["variance"] == digest
+    other = toy_run(tmp_path / "other", "train.images=16", "train.seed=1")
+    fit(other, data=toy_data())
+    for model, name, piece in ((trained, "vv/yy", "no variance 'vv/yy'"), (other.path, "vv/zz", "other weights")):
+        ran = typed("sample", model, "--variance", name, "--steps", 2, "-n", 2)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
+        assert piece in ran.err
 
 
 def test_the_zoo_brings_variances_along():

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["named_file", "sync_folder", "sync_tree", "write_atomic", "writing"]
+__all__ = ["bare_name", "given_name", "named_file", "sync_folder", "sync_tree", "write_atomic", "writing"]
 
 
 def write_atomic(path: str | Path, data: bytes) -> Path:
@@ -72,8 +72,23 @@ def writing(path: str | Path, intact: str = "what was there before is intact") -
 
 
 def named_file(folders: Sequence[Path], name: str) -> Path | None:
-    """NAME.safetensors in the first folder that has it, or the file itself where `name` ends like one; None without."""
+    """The file of a name: NAME.safetensors in the first folder that has it; None where there is none.
+
+    A name that is a path, with a separator or ending in .safetensors, is looked up there alone; the ending may be left out.
+    """
     files = [folder / f"{name}.safetensors" for folder in folders]
-    if name.endswith(".safetensors"):
-        files = [Path(name).expanduser()]
+    if "/" in name or os.sep in name or name.endswith(".safetensors"):
+        files = [Path(name.removesuffix(".safetensors") + ".safetensors").expanduser()]
     return next((file for file in files if file.is_file()), None)
+
+
+def bare_name(name: str) -> str:
+    """The name without its folder and ending, for people and file names."""
+    return Path(name).name.removesuffix(".safetensors")
+
+
+def given_name(folders: Sequence[Path], file: Path) -> str:
+    """What `named_file` finds a .safetensors file by: its bare name where the folders have it, else FOLDER/NAME."""
+    name = bare_name(file.name)
+    found = named_file(folders, name)
+    return name if found is not None and found.samefile(file) else os.path.join(file.parent, name)

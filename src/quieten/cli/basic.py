@@ -73,10 +73,14 @@ def sample(
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Of the sampler, e.g. rtol=1e-4, snr=0.17.")
     ] = None,
     variance: Annotated[
-        str | None, typer.Option(help="Of x0, for ancestral, ocm and ocm-ddim: one that was fitted, or big, fisher, probed.")
+        str | None,
+        typer.Option(
+            help="Of x0, for ancestral, ocm and ocm-ddim: one that was fitted (NAME or FOLDER/NAME), or big, fisher, probed."
+        ),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="One that `quieten tune` made: it has its own steps, levels and noise.")
+        str | None,
+        typer.Option(help="One that `quieten tune` made, by NAME or FOLDER/NAME: it has its own steps, levels and noise."),
     ] = None,
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Clip x0 to [-1, 1]. Default: for pixel models.")

@@ -22,9 +22,9 @@ def compare(
     transitions: Annotated[
         str | None,
         typer.Option(
-            help="By comma: samplers (see `quieten samplers`), ancestral:VARIANCE, pc:OPTION=VALUE, policy:NAME, "
-            "diffusers:NAME; or groups: policies, fitted, diffusers, all. Default: ddpm, ddim, heun, dpm++, unipc, ocm if "
-            "fitted, policies."
+            help="By comma: samplers (see `quieten samplers`), ancestral:VARIANCE, pc:OPTION=VALUE, policy:NAME (or "
+            "FOLDER/NAME), diffusers:NAME; or groups: policies, fitted, diffusers, all. Default: ddpm, ddim, heun, dpm++, "
+            "unipc, ocm if fitted, policies."
         ),
     ] = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps, by comma.")] = "5,10,20,50",

@@ -28,7 +28,7 @@ def nll(
         str | None,
         typer.Option(
             help="Of the steps: equal to the posterior's (or small), optimal (a number for each, measured), learned, big, or "
-            "the name of one that `quieten variance fit` fitted. Default: learned, else big."
+            "one that `quieten variance fit` fitted, NAME or FOLDER/NAME. Default: learned, else big."
         ),
     ] = None,
     bound_grid: Annotated[

@@ -22,7 +22,9 @@ def score(
             help="energy (of a tuned policy), loss (denoising), elbo, pca, knn, detector. Default: energy if tuned, else loss."
         ),
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="Whose energy: a name from `quieten tune`. Default: the latest.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Whose energy: NAME of `quieten tune`, or FOLDER/NAME. Default: the latest.")
+    ] = None,
     normal: Annotated[
         str | None, typer.Option(help="Classes that are normal, by comma, by name or number; the others are strange.")
     ] = None,

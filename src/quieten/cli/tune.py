@@ -86,7 +86,7 @@ def tune(
         quieten tune zoo:fashion-mnist fashion-mnist --steps 4 --reward my_rewards:brightness --tau1 0.1
         quieten tune ./my-diffusers-model ~/pictures --steps 4 --adapters 8 --value residual
 
-    Then: `quieten sample MODEL --policy dxmi-4`.
+    Then: `quieten sample MODEL --policy dxmi-4`; with --out, `--policy FOLDER/dxmi-4`.
     """
     from ..commands.tune import tune as run
 

@@ -64,7 +64,7 @@ def fit(
         quieten variance fit runs/emoji emoji --kind ocm --basis dct
         quieten variance fit ./my-diffusers-model ~/pictures --kind analytic --images 2000
 
-    Then: `quieten sample MODEL --transition ocm`, or `--variance NAME`.
+    Then: `quieten sample MODEL --transition ocm`, or `--variance NAME`; with --out, `--variance FOLDER/NAME`.
     """
     from ..commands.variance import fit as run
 
@@ -81,7 +81,7 @@ def show(
     source: Model,
     data: Examples,
     names: Annotated[
-        str | None, typer.Option("--variance", help="Which ones, by comma. Default: all that were fitted.")
+        str | None, typer.Option("--variance", help="Which ones, by comma, NAME or FOLDER/NAME. Default: all that were fitted.")
     ] = None,
     n: Annotated[int, typer.Option("-n", "--n", min=8, help="Examples at each level.")] = 256,
     levels: Annotated[int, typer.Option(min=2, help="Number of noise levels.")] = 12,

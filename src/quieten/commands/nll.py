@@ -15,7 +15,7 @@ from torch import Tensor
 from ..covariances.stored import load_variance, variance_names
 from ..denoiser import Denoiser
 from ..encoding.encoded_costs import encoded_costs, widened_costs
-from ..files import write_atomic, writing
+from ..files import bare_name, write_atomic, writing
 from ..likelihood import Bound, evaluate, fit_decoder, log_likelihood
 from ..likelihoods.decoders import Decoder, Discretised, Flat
 from ..likelihoods.widened import Widened
@@ -146,7 +146,7 @@ def _kernels(source: Source, name: str | None, clip: bool | None) -> Kernels:
         raise ValueError("`--variance big` assumes data of unit variance in a VP process: give small, or fit one with "
                          "`quieten variance fit`")  # fmt: skip
     variance = load_variance(source.variances, name, source.denoiser, cap=how**2 if isinstance(how, int | float) else None)
-    return Kernels(WithCovariance(source.denoiser, variance), Ancestral(clip=how), Path(name).stem)
+    return Kernels(WithCovariance(source.denoiser, variance), Ancestral(clip=how), bare_name(name))
 
 
 def _target(source: Source, out: Path | None, name: str) -> Path:

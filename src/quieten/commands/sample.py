@@ -19,7 +19,7 @@ from torch import Tensor
 from ..covariances.stored import load_variance
 from ..data import to_pixels
 from ..denoiser import Denoiser
-from ..files import write_atomic, writing
+from ..files import bare_name, write_atomic, writing
 from ..guidance import ClassifierFree, Guidance, Guided
 from ..guiding.splits import SPLITS, split
 from ..likelihoods.widened import Widened
@@ -90,7 +90,7 @@ def sample(
     if tuned is None:
         name, grid, build = _choose(opened, transition, steps, told, spacing, followed)
     else:
-        name, grid, build = Path(str(policy)).stem, tuned.grid, lambda guidance: tuned.transition
+        name, grid, build = bare_name(str(policy)), tuned.grid, lambda guidance: tuned.transition
     cond, columns = _conditions(opened, n, label, prompt, followed)
     scale = 1.0 if followed is not None else opened.scale if scale is None else scale
     what = _suffix(label, scale) + ("" if followed is None else f"-{followed.words}")

@@ -258,7 +258,7 @@ def tuned_energy(opened: Source, name: str) -> nn.Module:
 
     Arguments:
         opened: The model.
-        name: Of the policy, a folder in one of `opened.policies`.
+        name: Of the policy, a folder in one of `opened.policies`, or the path of such a folder.
 
     Raises:
         ValueError: If there is none, or it is damaged.
@@ -268,7 +268,9 @@ def tuned_energy(opened: Source, name: str) -> nn.Module:
     from ..tuning.stored import load_policy
     from ..tuning.tune_start import make_energy, make_value, start_of
 
-    folder = next((f / name for f in opened.policies if (f / name / "ema.safetensors").is_file()), None)
+    bare = name.removesuffix(".safetensors")
+    folders = [Path(bare).expanduser()] if "/" in name or bare != name else [f / name for f in opened.policies]
+    folder = next((f for f in folders if (f / "ema.safetensors").is_file()), None)
     if folder is None:
         known = ", ".join(_policies(opened)) or "none"
         raise ValueError(f"no policy {name!r} with its energy lies beside this model (known: {known}): the folder of that name "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from ..files import given_name
 from ..training.source import open_source
 from ..tuning.tune import PLAN, tune_policy
 from ..tuning.tune_start import Start, start_of
@@ -89,7 +91,7 @@ def tune(
         return tuned.summary.done
     print(tuned.message)
     if tuned.file is not None:
-        print(f"quieten sample {source} --policy {tuned.file.stem}")
+        print(shlex.join(["quieten", "sample", source, "--policy", given_name(opened.policies, tuned.file)]))
     return tuned.summary.done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..covariances.fit import PLAN, fit_variance, schedule_ends, training_levels
 from ..covariances.stored import KINDS, load_variance, variance_names
 from ..data import Dataset, load
-from ..files import writing
+from ..files import given_name, named_file, writing
 from ..metrics import Result, calibration
 from ..training.source import Source, open_source
 from ..wrap import WithCovariance
@@ -56,7 +57,7 @@ def fit(
     fitted = fit_variance(opened, examples(opened, data), train=plan, **wanted)
     print(fitted.message)
     if fitted.file is not None:
-        print(f"quieten sample {source} --variance {fitted.file.stem}")
+        print(shlex.join(["quieten", "sample", source, "--variance", given_name(opened.variances, fitted.file)]))
     return fitted.file is not None
 
 
@@ -128,7 +129,7 @@ def _calibrated(opened: Source, name: str, data: Dataset, lams: Tensor, seed: in
     source = load_variance(opened.variances, name, opened.denoiser, cap=1.0)
     x0, label = data.batch(torch.arange(len(data)))
     cond = {"label": label} if label is not None and opened.classes else {}
-    file = next((file for folder in opened.variances if (file := folder / f"{name}.safetensors").is_file()), None)
+    file = named_file(opened.variances, name)
     return calibration(
         WithCovariance(opened.denoiser, source), x0, lams, cond=cond, seed=seed, name=name, reference_name=data.name,
         digest="" if file is None else hashlib.sha256(file.read_bytes()).hexdigest(), weights=opened.weights,

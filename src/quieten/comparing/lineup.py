@@ -1,9 +1,9 @@
 """Who takes part in a comparison: samplers by name, on a model, at numbers of steps.
 
 NAME                    a sampler of `SAMPLERS`, with the variance it needs
-NAME:VARIANCE           one with another variance, such as ancestral:sn
+NAME:VARIANCE           one with another variance, such as ancestral:sn or ancestral:FOLDER/NAME
 NAME:OPTION=VALUE       one with another option, such as ancestral:eta=0.5
-policy:NAME             a tuned policy, at its own number of steps
+policy:NAME             a tuned policy, or policy:FOLDER/NAME, at its own number of steps
 diffusers:NAME          a scheduler of diffusers on the same network
 policies, fitted, diffusers, all    every policy; ancestral with every variance; every scheduler; everything but `SLOW`
 """
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 from ..covariances.stored import UNTRAINED, fingerprint, load_variance, variance_names
 from ..data import to_pixels
 from ..denoiser import Denoiser
+from ..files import bare_name, named_file
 from ..interop.schedulers import THEIRS, Theirs, installed
 from ..noise import INITIAL, Noise
 from ..oracle import GaussianData
@@ -222,7 +222,7 @@ class Entrant:
         noise = sha256(policy.transition.log_rhos.detach().cpu().numpy().tobytes()).hexdigest()
         facts = {"policy": [fingerprint(policy.denoiser), noise], "clip": None}
         model, typed = self.model(counted, clipped=False), ["--policy", name]
-        title = f"policy:{Path(name).stem}"
+        title = f"policy:{bare_name(name)}"
         return self._drawing(title, policy.T, counted, model, policy.transition, policy.grid, "draw", facts, typed)
 
     def _drawing(
@@ -248,8 +248,7 @@ class Entrant:
         """Which variance that is: the hash of its file, or its name where there is none."""
         if name is None or name in UNTRAINED:
             return name
-        files = [Path(name).expanduser(), *(folder / f"{name}.safetensors" for folder in self.source.variances)]
-        file = next((file for file in files if file.suffix == ".safetensors" and file.is_file()), None)
+        file = named_file(self.source.variances, name)
         return name if file is None else sha256(file.read_bytes()).hexdigest()
 
     def _theirs(self, name: str, steps: int) -> Contender:

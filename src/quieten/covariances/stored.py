@@ -168,7 +168,7 @@ def load_variance(
 
     Arguments:
         where: The folder, or several in the order in which they are searched.
-        name: Its name, or the path of its .safetensors file.
+        name: Its name, or FOLDER/NAME, or the path of its .safetensors file.
         denoiser: What it was fitted to.
         cap: Bound of untrained ones; fitted ones bring theirs.
 

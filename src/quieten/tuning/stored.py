@@ -106,7 +106,7 @@ def load_policy(
 
     Arguments:
         where: The folder, or several in the order in which they are searched.
-        name: Its name, or the path of its .safetensors file.
+        name: Its name, or FOLDER/NAME, or the path of its .safetensors file.
         denoiser: What it was tuned from: copied, never changed.
         transition: For policies of a transition that a file cannot name.
         mean_map: For those whose means are mapped.
