@@ -445,6 +445,25 @@ def test_sub_cycling_keeps_what_euler_loses():
     assert kept.abs().max() < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:the guidance is stiff")
+@pytest.mark.parametrize("limit, most", [(1.0, 16), (2.0, 16), (0.7, 3), (1.0, 1)])
+def test_no_kick_amplifies_what_it_should_damp(limit, most):
+    """However stiff: Euler's own factor where there are parts enough, and never above 1 in size where there are not."""
+    hl = torch.tensor([0.5, 0.99, 8.0, 45.0, 90.0, 1e6], dtype=torch.float64)  # |h| L; 45 and 90 made 1e4 and 4e10 of 1 once
+    x, span, lam = torch.ones(6, 3, dtype=torch.float64), Span(5.0, -1.0), -2 * math.log(5.0)
+    kick, memory = SubCycled(limit, most), None
+    force = Force(stiff(hl), Still())
+    if most == 1:  # a kick to remember, where nothing is probed
+        _, memory = kick(force, 2 * x, lam, Span(5.0, -1e-9))
+    kicked, _ = kick(force, x, lam, span, memory)
+    parts = (hl / limit).ceil().clamp_min(1.0)
+    factor = torch.where(parts <= most, (1 - hl / parts) ** parts, (1 - limit) ** most)
+    torch.testing.assert_close(kicked, factor[:, None].expand(6, 3), rtol=0, atol=1e-9)
+    assert kicked.abs().max() <= 1.0 + 1e-9
+    alone, _ = kick(force, x[:2], lam, span, None if memory is None else tuple(part[:2] for part in memory))
+    assert torch.equal(alone, kicked[:2])
+
+
 def test_stiffness_is_warned_of():
     rate, grid = torch.full((32,), 30.0, dtype=torch.float64), -2 * torch.log(torch.linspace(5.0, 1.0, 9).double())
     with pytest.warns(UserWarning, match="stiff: .h. L passes 2, what 1 parts"):

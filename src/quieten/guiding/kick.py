@@ -231,13 +231,14 @@ class SubCycled(Kick):
 
     The slope's Lipschitz constant L is estimated as |B' - B| / |xbar' - xbar| from the last two evaluations, which costs
     nothing but a look at numbers on the device; only the first kick of a run probes once more. An example then takes
-    m = ceil(|h| L / limit) parts.
+    m = ceil(|h| L / limit) parts. Where that is more than `most`, it takes `most` parts of the size limit / L and leaves the
+    rest of its kick out, so that no kick amplifies what it should damp, however stiff the guidance.
 
-    With most=1 nothing is divided and nothing probed: a plain Euler kick that warns when it leaves the stable range.
+    With most=1 nothing is divided and nothing probed: an Euler kick that is cut short where it leaves the stable range.
 
     Arguments:
         limit: Largest |h| L of one part: 2 is where Euler's method becomes unstable, 1 where it begins to overshoot.
-        most: Largest number of parts; warns where more would be needed.
+        most: Largest number of parts; warns where more would be needed, and cuts the kick short.
 
     Raises:
         ValueError: If `limit` is not positive, or `most` is below 1.
@@ -259,8 +260,8 @@ class SubCycled(Kick):
         if memory is None and self.most > 1:
             probe = torch.add(x, slope, alpha=alpha * span.length)
             memory = probe / alpha, force.gradient(probe, lam) * -sigma
-        parts = self._parts(memory, x / alpha, slope, span)
-        rounds, size = int(parts.max()), (span.length / parts).reshape(-1, *[1] * (x.ndim - 1))
+        parts, size = self._parts(memory, x / alpha, slope, span)
+        rounds, size = int(parts.max()), size.reshape(-1, *[1] * (x.ndim - 1))
         for i in range(rounds):
             if i > 0:
                 slope = force.gradient(x, lam) * -sigma
@@ -270,20 +271,22 @@ class SubCycled(Kick):
         return x, seen
 
     @torch.no_grad()
-    def _parts(self, memory: Any, y: Tensor, slope: Tensor, span: Span) -> Tensor:
-        """How many parts each example needs, (B,) in the dtype of the state."""
+    def _parts(self, memory: Any, y: Tensor, slope: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """How many parts each example takes, (B,) in the dtype of the state, and the length of one."""
         if memory is None:
-            return torch.ones(len(y), dtype=y.dtype, device=y.device)
+            parts = torch.ones(len(y), dtype=y.dtype, device=y.device)
+            return parts, span.length * parts
         past_y, past_slope = memory
         lipschitz = ((slope - past_slope).flatten(1).norm(dim=1) / (y - past_y).flatten(1).norm(dim=1)).nan_to_num(0.0, 0.0)
-        parts = (lipschitz * (abs(span.length) / self.limit)).ceil().clamp_min(1.0)
+        wanted = lipschitz * (abs(span.length) / self.limit)
+        parts = wanted.ceil().clamp_min(1.0)
         if bool((parts > self.most).any()):
             warnings.warn(  # without the figures, so that a run warns once and not at every step
                 f"the guidance is stiff: |h| L passes {self.limit * self.most:g}, what {self.most} parts of a kick can follow: "
-                "take more steps, lower its scale, or allow more parts",
+                "the rest is left out; take more steps, lower its scale, or allow more parts",
                 stacklevel=4,
             )
-        return parts.clamp_max(self.most)
+        return parts.clamp_max(self.most), span.length / torch.where(parts > self.most, wanted, parts)
 
     def extra_repr(self) -> str:
         return f"limit={self.limit}, most={self.most}"
