@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,34 @@ def test_against_other_data(toy: Path, data: Path, tmp_path: Path) -> None:
     assert (area.protocol.n_reference, area.protocol.n) == (10, 10)
     assert arrays["strange"].tolist() == [False] * 10 + [True] * 10
     assert "labels" not in arrays
+
+
+def test_data_that_are_not_divided_are_scored_whole(toy: Path, data: Path, tmp_path: Path, typed: Type) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "big").mkdir()
+    for k in range(5):
+        Image.fromarray(rng.integers(0, 255, (9, 9), np.uint8)).save(tmp_path / "big" / f"{k}.png")
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.write(tmp_path / "big" / "0.png", "0.png")
+        archive.write(tmp_path / "big" / "1.png", "1.png")
+    for given, count in ((tmp_path / "big", 5), (data, 30), (tmp_path / "packed.zip", 2)):
+        ran = typed("score", toy, given, "--by", "loss", "--levels", 1, "--out", tmp_path / "o")
+        assert ran.code == 0, ran.err
+        assert f"{given} has no test data of its own: scored as a whole" in ran.out
+        told = json.loads((tmp_path / "o" / "scores.json").read_text())
+        assert (told["n"], told["split"]) == (count, "whole")
+    ran = typed("score", toy, "digits", "--by", "loss", "--levels", 1, "--against", tmp_path / "big", "--out", tmp_path / "o")
+    assert ran.code == 0, ran.err
+    assert "as a whole" not in ran.out
+    told = json.loads((tmp_path / "o" / "scores.json").read_text())
+    assert (told["strange"], told["normal"], told["split"]) == (5, 299, "test")
+    area, _ = run(toy, data, tmp_path, by="loss", levels=1, against=str(tmp_path / "big"))  # of a split that it has not
+    assert (area.protocol.n_reference, area.protocol.n) == (30, 5)
+    ran = typed("score", toy, data, "--by", "loss", "--split", "test", "--out", tmp_path / "o")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "take split train" in ran.err
 
 
 def test_typed(toy: Path, data: Path, tmp_path: Path, typed: Type) -> None:

@@ -27,7 +27,7 @@ from .datasets.image_sets import (
     read_cifar,
     read_imagenet,
 )
-from .datasets.pictures import IN_MEMORY, LazyImages, pixels, read_pictures
+from .datasets.pictures import IN_MEMORY, LazyImages, UndividedError, pixels, read_pictures
 from .noise import Noise
 
 __all__ = ["NAMES", "Dataset", "LazyImages", "MappedImages", "Order", "emoji", "load", "to_pixels"]
@@ -300,7 +300,7 @@ def _digits(labels: bool) -> Dataset:
 
 def _arrays(path: Path, split: str, labels: bool) -> Dataset:
     if split == "test":
-        raise ValueError(f"`split` 'test': {path} is one whole; keep test examples in a file of their own")
+        raise UndividedError(path, "keep test examples in a file of their own")
     images, number, keys = None, None, ["(one array)"]
     try:
         content = np.load(path, mmap_mode="c", allow_pickle=False)  # which is for .npy only

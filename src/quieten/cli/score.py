@@ -29,7 +29,9 @@ def score(
         str | None, typer.Option(help="Classes that are normal, by comma, by name or number; the others are strange.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Other data, all of them strange; DATA are then all normal.")] = None,
-    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="test or train. Default: test, or the whole of data that are not divided.")
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=2, help="Number of examples. Default: all.")] = None,
     levels: Annotated[int, typer.Option(min=1, help="Noise levels of --by loss.")] = 8,
     seed: Annotated[int, typer.Option(help="Chooses the examples and their noise.")] = 0,

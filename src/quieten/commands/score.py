@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset, Order
+from ..datasets.pictures import UndividedError
 from ..files import writing
 from ..metrics.ranking import auroc
 from ..metrics.result import Result
@@ -38,7 +39,7 @@ def score(
     policy: str | None = None,
     normal: str | None = None,
     against: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     n: int | None = None,
     levels: int = 8,
     seed: int = 0,
@@ -66,10 +67,11 @@ def score(
     by = ("energy" if policy is not None or names else "loss") if by is None else by
     if by == "energy" and not names and policy is None:
         raise ValueError("`--by energy` needs a policy: tune one with `quieten tune`, or take --by loss")
-    tests, strange = _tests(opened, data, against, normal, split, n, seed)
+    learned = by in ("pca", "knn", "detector")
+    tests, strange, split = _tests(opened, data, against, normal, split, n, seed)
     x0 = tests.all()
     folder = _folder(opened, out, f"{tests.name}-{split}-{by}")
-    trained = _normal_training(opened, data, normal) if by in ("pca", "knn", "detector") else None
+    trained = _normal_training(opened, data, normal) if learned else None
     scores, where = _measure(by, opened, tests, x0, trained, policy or (names[-1] if names else ""), levels, seed, batch)
     scored = Scored(scores, where, x0, tests.labels, strange, tests.classes)
     area = None
@@ -81,6 +83,8 @@ def score(
     }  # fmt: skip
     write_scores(folder, scored, area, protocol)
     told = f"from {float(scores.min()):.4g} to {float(scores.max()):.4g}, median {float(scores.median()):.4g}"
+    if split == "whole":
+        print(f"{data} has no test data of its own: {'learned from and ' if learned else ''}scored as a whole")
     print(f"{BY[by]}: {len(x0):,} examples, {told}")
     if area is not None:
         print(area)
@@ -92,21 +96,34 @@ def score(
 
 
 def _tests(
-    opened: Source, data: str, against: str | None, normal: str | None, split: str, n: int | None, seed: int
-) -> tuple[Dataset, Tensor | None]:
-    tests = _some(examples(opened, data, split), n, seed)
+    opened: Source, data: str, against: str | None, normal: str | None, split: str | None, n: int | None, seed: int
+) -> tuple[Dataset, Tensor | None, str]:
+    """What is scored, which of it is strange if that is known, and which part of the data that is."""
+    whole, part = _part(opened, data, split, split is None)
+    tests = _some(whole, n, seed)
     _check(opened, tests)
     if against is not None:
-        others = _some(examples(opened, against, split), n, seed)
+        others = _some(_part(opened, against, split, True)[0], n, seed)
         _check(opened, others)
         both = torch.cat([tests.all(), others.all()])
         strange = torch.arange(len(both)) >= len(tests)
-        return Dataset(f"{tests.name}-against-{others.name}", both, None, ()), strange
+        return Dataset(f"{tests.name}-against-{others.name}", both, None, ()), strange, part
     if normal is None:
-        return tests, None
+        return tests, None, part
     if tests.labels is None:
         raise ValueError(f"`--normal` needs labels, {tests.name} has none: leave it out, or use --against")
-    return tests, ~torch.isin(tests.labels, torch.tensor(_numbers(normal, tests.classes)))
+    return tests, ~torch.isin(tests.labels, torch.tensor(_numbers(normal, tests.classes))), part
+
+
+def _part(opened: Source, data: str, split: str | None, or_whole: bool) -> tuple[Dataset, str]:
+    """A split of some data, "test" for None, and its name; data that are not divided as a whole, where that will do."""
+    split = "test" if split is None else split
+    try:
+        return examples(opened, data, split), split
+    except UndividedError:
+        if not or_whole:
+            raise
+        return examples(opened, data), "whole"
 
 
 def _some(data: Dataset, n: int | None, seed: int) -> Dataset:

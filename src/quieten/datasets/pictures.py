@@ -22,13 +22,21 @@ from .idx import class_names
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["LazyImages", "pixels", "read_pictures"]
+__all__ = ["LazyImages", "UndividedError", "pixels", "read_pictures"]
 
 IN_MEMORY = 2 * 2**30
 """Bytes of decoded pixels up to which a folder of images is held in memory."""
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 T = TypeVar("T")
+
+
+class UndividedError(ValueError):
+    """Data without a test split were asked for it."""
+
+    def __init__(self, path: Path, remedy: str):
+        super().__init__(f"`split` 'test': {path} is one whole: take split train, which is all of it, or {remedy}")
+
 
 # ---- folders and zips
 
@@ -159,13 +167,15 @@ def _list(source: Path | zipfile.ZipFile, path: Path, split: str) -> list[tuple[
         top = {p.parts[depth] for p in paths}
         if whole and top <= {"train", "test", "val", "valid", "validation"}:
             if split not in top:
-                raise ValueError(f"`split` {split!r}: {path} has only {', '.join(sorted(top))}: add {split}")
+                raise ValueError(
+                    f"`split` {split!r}: {path} has only {', '.join(sorted(top))}: take another split, or add {split}"
+                )
             paths, whole = [p for p in paths if p.parts[depth] == split], False
         elif len(top) > 1:
             break
         depth += 1  # a single folder around everything is no class
     if whole and split == "test":
-        raise ValueError(f"`split` 'test': {path} is one whole; divide it into subfolders train and test")
+        raise UndividedError(path, "divide it into subfolders train and test")
     return [(str(p), p.parts[depth] if len(p.parts) > depth + 1 else "") for p in paths]
 
 
