@@ -28,6 +28,7 @@ from quieten.oracle import GaussianData
 from quieten.process import FLOW, VE, VP
 from quieten.sampling import trajectory
 from quieten.schedule import Linear, LogNormal
+from quieten.solver import AdamsBashforth
 from quieten.solvers.samplers import SAMPLERS, sampler
 from quieten.transition import Ancestral, Langevin
 
@@ -409,11 +410,22 @@ def test_what_needs_the_mean_refuses_an_encoded_model(name):
     transition, grid = sampler(name, torch.tensor([-5.0, 0.0, 5.0, math.inf], dtype=torch.float64))
     with refuses("encoder", "Ancestral()"):
         list(trajectory(Optimal(2), torch.zeros(2, 1, dtype=torch.float64), grid, transition))
-    if name not in ("ddim", "ocm-ddim", "ab", "plms", "pc"):  # with the score of z_t they only want a step like the kernel's
+    if name not in ("ddim", "ocm-ddim", "pc"):  # with the score of z_t they only want a step like the kernel's
         contracted = Optimal(0)
         contracted.process = Encoded(VP, "sigma2", trained=False)
         with refuses("EncodedFlow()"):
             list(trajectory(contracted, torch.zeros(2, 1, dtype=torch.float64), grid, transition))
+
+
+def test_adams_bashforth_of_order_1_is_ddim_of_an_encoded_model_too():
+    """And above that it is refused, like every method that takes more from the ODE than one step of the kernel."""
+    contracted, x = Optimal(0), torch.linspace(-2, 2, 6, dtype=torch.float64).reshape(3, 2)
+    contracted.process, grid = Encoded(VP, "sigma2", trained=False), torch.tensor([-5.0, 0.0, 5.0], dtype=torch.float64)
+    ab, ddim = (list(trajectory(contracted, x, grid, t))[-1].x for t in (AdamsBashforth(1), Ancestral(0.0, spread=False)))
+    within(1e-12, (ab - ddim).abs().max(), "order 1 against DDIM")
+    for k, coefficients, start in ((2, "variable", "ramp"), (4, "constant", "ramp"), (3, "variable", "rk")):
+        with refuses("EncodedFlow()"):
+            list(trajectory(contracted, x, grid[:2], AdamsBashforth(k, coefficients, start)))
 
 
 def test_corrections_use_the_score_of_encoded_data():

@@ -241,6 +241,10 @@ class AdamsBashforth(Transition):
             order at most on a grid that shrinks.
         start: "ramp" or "rk".
 
+    Raises:
+        ValueError: For an unknown word or order; when stepping, above order 1, for a denoiser whose mean is not E[x0 | x_t]:
+            one that was trained with an encoder.
+
     References:
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022), eq. 12, for constant coefficients
         | https://arxiv.org/abs/2202.09778
@@ -258,6 +262,8 @@ class AdamsBashforth(Transition):
         self.starter = RK4() if start == "rk" else None
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Any, lam_s: Any, memory: Any = None) -> Step:
+        if self.order > 1:  # the history is of the ODE in E[x0 | x_t]; a single step is the kernel's own, whatever x0 is
+            denoiser.process.check_mean()
         x0, process = denoiser(x_t, lam_t), denoiser.process
         if lam_t == -math.inf:
             return Step(process.bridge(x0.mean, x_t, lam_t, lam_s, eta=0.0), x0)
