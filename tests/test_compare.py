@@ -21,6 +21,7 @@ from torch import Tensor
 import quieten
 from conftest import Type
 from helpers import refuses
+from quieten.commands.compare import results_folder
 from quieten.comparing.compare import Cell, Contender, compare
 from quieten.comparing.judge import Judge, as_images, digest
 from quieten.comparing.lineup import Entrant, forecast, plain, standard
@@ -441,6 +442,36 @@ def test_bad_input_is_refused_before_the_work(typed: Type, digits: Path, tmp_pat
         assert all(piece in ran.err for piece in pieces), ran.err
     assert "fashion" in typed("compare", digits, "fashion", "--out", tmp_path).err
     assert not list(tmp_path.rglob("cells"))
+
+
+def test_splits_and_missing_test_data_are_refused(typed: Type, digits: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "whole.npz", images=np.zeros((9, 8, 8), np.uint8))
+    for data, more, pieces in (
+        ("digits", ("--transitions", "strang"), ("`--transitions strang`", "sample --guide", "diagnose --guidance")),
+        (tmp_path / "whole.npz", ("--nll", 4), ("`--nll 4`", "whole.npz has none of its own", "leave it out")),
+    ):
+        ran = typed("compare", digits, data, "--out", tmp_path / "out", "-n", 4, *more)
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+        assert all(piece in ran.err for piece in pieces), ran.err
+
+
+@pytest.mark.parametrize(
+    "name, slug",
+    [("./pipe", "pipe"), ("../a/pipe/", "a--pipe"), ("/tmp/pipe", "tmp--pipe"), ("zoo:emoji", "emoji"), (".", None)],
+)
+def test_results_lie_where_they_are_seen(
+    entrant: Entrant, tmp_path: Path, monkeypatch: Any, name: str, slug: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = results_folder(replace(entrant.source, home=Path()), name, None)
+    assert folder == Path("compare") / (slug or tmp_path.name)
+    assert folder.is_dir()
+
+
+def test_without_finished_rows_there_is_no_table(typed: Type, digits: Path, tmp_path: Path) -> None:
+    ran = typed("compare", digits, "digits", "--out", tmp_path, "--transitions", "ddim", "--steps", 2, "-n", 24, "--no-draw")
+    assert ran.code == 0, ran.err
+    assert ran.out == f"report: {tmp_path / 'report.html'}\n"
 
 
 def test_data_of_another_shape_are_refused(typed: Type, digits: Path, tmp_path: Path) -> None:

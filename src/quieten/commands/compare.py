@@ -29,7 +29,7 @@ from ..transition import Ancestral, Transition
 from ..tuning.tuned import Tuned
 from .nll import Asked, decoder_of, examples_of, load_data
 
-__all__ = ["run"]
+__all__ = ["results_folder", "run"]
 
 
 def run(
@@ -69,7 +69,9 @@ def run(
     opened = {name: open_source(name, weights, device) for name in dict.fromkeys([source, *against])}
     reference, floor = _data(opened[source], data)
     _check_shapes(opened, reference)
-    folder = _folder(opened[source], source, out)
+    if nll and floor is None:
+        raise ValueError(f"`--nll {nll}` measures test data, {data} has none of its own: leave it out")
+    folder = results_folder(opened[source], source, out)
     judge = Judge(_extractor(features, reference, opened[source]), reference, folder / "reference", floor)
     entrants = []
     for name, one in opened.items():
@@ -128,9 +130,11 @@ def _extractor(name: str | None, data: Dataset, source: Source) -> Extractor:
         return Extractor.pixels()
 
 
-def _folder(source: Source, name: str, out: Path | None) -> Path:
+def results_folder(source: Source, name: str, out: Path | None) -> Path:
+    """Where the results of a model go: `--out`, else beside its samples, else ./compare/NAME; made, and tried."""
     if out is None:
-        slug = name.removeprefix("zoo:").replace("/", "--")
+        # "./pipe" would hide the folder
+        slug = name.removeprefix("zoo:").lstrip("./~").rstrip("/").replace("/", "--") or Path(name).expanduser().resolve().name
         out = source.home.parent / "compare" if source.home.name == "samples" else Path("compare") / slug
     out = out.expanduser()
     with writing(out):
@@ -212,7 +216,8 @@ def _write(folder: Path, rows: Sequence[Row], facts: Facts, figure: Path | None)
         write_atomic(folder / "results.json", json.dumps(content, indent=1).encode())
         page(rows, facts).save(folder / "report.html")
     done = [row for row in rows if row.failure is None]
-    print(_table(done))
+    if done:
+        print(_table(done))
     for row in rows:
         if row.failure is not None:
             print(f"{row.contender.title}: {row.failure}")

@@ -28,6 +28,7 @@ from ..covariances.stored import UNTRAINED, fingerprint, load_variance, variance
 from ..data import to_pixels
 from ..denoiser import Denoiser
 from ..files import bare_name, named_file
+from ..guiding.splits import SPLITS
 from ..interop.schedulers import THEIRS, Theirs, installed
 from ..noise import INITIAL, Noise
 from ..oracle import GaussianData
@@ -197,6 +198,9 @@ class Entrant:
 
     def _ours(self, name: str, steps: int) -> Contender:
         head, *words = name.split(":")
+        if head in SPLITS:
+            raise ValueError(f"`{head}` splits off guidance, which nothing has here: take it with `quieten sample --guide` or "
+                             "`quieten diagnose --guidance`")  # fmt: skip
         own, options = self.source.transition
         told = {k: yaml.safe_load(v) for k, _, v in (word.partition("=") for word in words if "=" in word)}
         named = [word for word in words if "=" not in word]
