@@ -312,6 +312,8 @@ def test_colour(typed: Type, tmp_path: Path, pictures: Path) -> None:
         (["--guide", "inpaint", "--measurement", "nowhere.png", "--mask", "hole.png"], ["nowhere.png", "cannot be read"]),
         (["--guide", "inpaint", "--measurement", "text.png", "--mask", "hole.png"], ["text.png", "no picture"]),
         (["--guide", "superres:3", "--measurement", "small.png"], ["superres:3", "2, 4, 8"]),
+        (["--guide", "inpaint:2", "--measurement", "hole.png"], ["`--guide inpaint:2`", "no number", "leave out :2"]),
+        (["--guide", "color:", "--measurement", "whole.png"], ["`--guide color:`", "no number"]),
         (["--guide", "superres", "--measurement", "small.png"], ["`--guide superres:`", "superres:4"]),
         (["--guide", "superres:4", "--measurement", "odd.png"], ["5x5", "2x2 or 8x8"]),
         (["--guide", "superres:4", "--measurement", "small.png", "--mask", "hole.png"], ["`--mask", "inpaint"]),

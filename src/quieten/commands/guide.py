@@ -65,10 +65,12 @@ def open_guide(
     Raises:
         ValueError: For a task, class, file or option that does not fit.
     """
-    word, _, factor = what.partition(":")
+    word, colon, factor = what.partition(":")
     task = {"color": "colour"}.get(word.strip().lower(), word.strip().lower())
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"`--scale {scale}` must be a finite number")
+    if task in ("inpaint", "colour") and colon:
+        raise ValueError(f"`--guide {what}` takes no number: leave out {colon}{factor}")
     if task not in ("inpaint", "colour", "superres"):
         for option, value in (("measurement", measurement), ("mask", mask), ("std", std)):
             if value is not None:
