@@ -8,9 +8,26 @@ import pytest
 import torch
 
 from helpers import affine, gaussian_data, refuses, within
-from quieten import FLOW, VE, VP, Ancestral, Draws, EulerMaruyama, Exponential, Heun, Noise, elbo, generate, karras
+from quieten import (
+    FLOW,
+    VE,
+    VP,
+    Ancestral,
+    Denoiser,
+    Draws,
+    EulerMaruyama,
+    Exponential,
+    GaussianData,
+    Heun,
+    Noise,
+    elbo,
+    generate,
+    karras,
+)
+from quieten.gaussian import Gaussian
 from quieten.likelihoods.decoders import Plain
 from quieten.tuning.policy import Policy
+from quieten.tuning.running_cost import Auxiliary
 from quieten.tuning.tuned import FLOOR
 
 PROCESSES = [VP, VE, FLOW]
@@ -33,7 +50,7 @@ def test_a_policy_starts_as_its_transition(process, kind):
         p = policy.step(x, k)
         within(1e-12, (p.mean - kernel.mean).detach().abs().max(), f"mean of step {k}")
         wanted = float(kernel.var.sqrt()) if k < 3 else 1e-3
-        within(1e-6, abs(float(p.var.detach().sqrt()) / wanted - 1), f"std of step {k}")
+        within(1e-14, abs(float(p.var.detach().sqrt()) / wanted - 1), f"std of step {k}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -82,7 +99,8 @@ def test_only_the_steps_that_are_trained_have_a_gradient():
             assert not p.var.requires_grad
         with torch.no_grad():
             policy.log_std.add_(1.0)
-        torch.testing.assert_close(policy.rhos.log() - policy.transition.start, torch.tensor([1.0] * free + [0.0] * (5 - free)))
+        raised = torch.tensor([1.0] * free + [0.0] * (5 - free), dtype=torch.float64)
+        torch.testing.assert_close(policy.rhos.log() - policy.transition.start, raised)
 
 
 def test_the_entropy_has_a_floor_without_gradient():
@@ -99,7 +117,7 @@ def test_trained_noise_counts_in_the_likelihood():
         policy.log_std.add_(math.log(2.0))
     x, x_next = torch.randn(2, 4, 5)
     p = policy.step(x, 1)
-    wanted = torch.distributions.Normal(p.mean, policy.rhos[1]).log_prob(x_next)
+    wanted = torch.distributions.Normal(p.mean, policy.rhos[1].float()).log_prob(x_next)
     torch.testing.assert_close(policy.log_prob(x, x_next, 1), wanted.sum(1))
     torch.testing.assert_close(policy.log_prob(x, x_next, 1, "mean"), wanted.mean(1))
 
@@ -171,3 +189,77 @@ def test_what_makes_no_policy_is_refused():
         generate(data, 2, grid=grid_of(5), transition=policy.transition)
     with refuses("`k`", "0..3"):
         policy.step(torch.zeros(1, 5), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("process", [VE, VP], ids=repr)
+def test_a_policy_of_float64_has_noise_of_float64(process, dtype):
+    """Of a denoiser in float64, or made so later; and states in float32 stay in float32."""
+    data = Parametric(GaussianData(torch.zeros(2), torch.ones(2), process)).to(dtype)
+    policy = Policy(data, karras(4, 0.1, 5.0))
+    assert policy.log_std.dtype == dtype
+    policy.double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    lams = policy.grid.tolist()
+    for k in range(3):
+        exact = Ancestral(spread=False)(data, x, lams[k], lams[k + 1]).p.var
+        within(1e-14, abs(float(policy.step(x, k).var.detach() / exact) - 1), f"variance of step {k}")
+        forward = process.scales(lams[k])[1] ** 2 * -math.expm1(lams[k] - lams[k + 1])
+        within(1e-14, abs(float(Auxiliary(policy).s2[k]) / forward - 1), f"variance of the kernel back to step {k}")
+    rows = policy.step(x.float(), torch.tensor([0, 2, 1]))
+    assert rows.sample(torch.randn(3, 2)).dtype == torch.float32
+
+
+def test_noise_that_was_changed_in_float32_stays_so_in_float64():
+    data = Parametric(GaussianData(torch.zeros(2), torch.ones(2)))
+    policy = Policy(data, karras(4, 0.1, 5.0), std=0.3, trained="all").requires_grad_(False)
+    with torch.no_grad():
+        policy.log_std[1] = 0.25
+    before = policy.log_std.detach().clone()
+    policy.double()
+    assert float(policy.log_std[1]) == 0.25
+    assert float(policy.log_std[0]) == math.log(0.3)
+    assert torch.equal(policy.float().log_std, before)
+
+
+def test_a_kernels_own_noise_is_the_policys():
+    """What `rhos`, guidance and adaptive velocities take for the noise is what the steps have, a learned variance in it."""
+    data = GaussianData(torch.zeros(2), torch.tensor([0.3, 0.6]), VP)
+    policy = Policy(data, karras(4, 0.1, 5.0), Ancestral(), std="kernel", trained="all")
+    x = torch.randn(3, 2, dtype=torch.float64)
+
+    def stds() -> torch.Tensor:
+        return torch.stack([policy.step(x, k).var.detach().double().log().mean().mul(0.5).exp() for k in range(4)])
+
+    torch.testing.assert_close(policy.rhos, stds())
+    torch.testing.assert_close(Auxiliary(policy, s2="policy").s2, stds().square())
+    with torch.no_grad():
+        policy.log_std[1] += 0.7
+    torch.testing.assert_close(policy.rhos, stds())
+    labelled = Policy(Labelled(data), karras(4, 0.1, 5.0), Ancestral(), std="kernel")  # nobody says which label
+    torch.testing.assert_close(labelled.rhos, Policy(data, karras(4, 0.1, 5.0)).rhos)
+
+
+class Parametric(Denoiser):
+    """The data of another denoiser, with a parameter, whose dtype is the policy's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.w, self.inner, self.process, self.shape = torch.nn.Parameter(torch.ones(())), inner, inner.process, inner.shape
+
+    def forward(self, x, lam, **cond):
+        p = self.inner(x, lam)
+        return Gaussian(self.w * p.mean, p.var)
+
+
+class Labelled(Denoiser):
+    """Data that are not drawn without a label."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.process, self.shape = inner, inner.process, inner.shape
+
+    def forward(self, x, lam, **cond):
+        if "label" not in cond:
+            raise ValueError("`label` is missing")
+        return self.inner(x, lam)

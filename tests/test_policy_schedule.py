@@ -168,7 +168,7 @@ def test_consistency_steps():
     within(1e-12, abs(float(k.var) - float(sigmas[1] ** 2 - 0.002**2)), "variance")
     assert float(Policy(data, grid, Consistency(lam_max)).rhos[2]) == pytest.approx(1e-3)  # the kernel itself has none there
     noisy = karras(3, 0.1, 10.0)
-    torch.testing.assert_close(Policy(data, noisy, Consistency()).rhos[:2], torch.exp(-0.5 * noisy[1:3]).float())
+    torch.testing.assert_close(Policy(data, noisy, Consistency()).rhos[:2], torch.exp(-0.5 * noisy[1:3]))
 
 
 @pytest.mark.parametrize("kind", ["vector", "image"])

@@ -39,6 +39,15 @@ def test_a_kick_goes_downhill_by_what_the_paper_says(kind):
         assert (Bowl()(moved, k + 1) < Bowl()(drawn, k + 1)).all()
 
 
+def test_a_kick_follows_the_noise_that_a_kernel_has_itself():
+    policy = Policy(gaussian_data("vector", VP), karras(4, 0.1, 5.0), Ancestral(), std="kernel")
+    lams, x, drawn = policy.grid.tolist(), torch.randn(3, 5), torch.randn(3, 5)
+    for k in range(4):
+        step = ValueKick(policy.transition, Bowl(), 0.1)(policy.denoiser, x, lams[k], lams[k + 1])
+        rho = policy.step(x, k).var.detach().log().mean().mul(0.5).exp()
+        within(1e-6, (step.then(drawn) - (drawn - 0.1 * rho * (k + 2) * (drawn - 1))).abs().max(), f"step {k}")
+
+
 @pytest.mark.parametrize("process", [VE, VP], ids=repr)
 def test_as_a_likelihood_it_moves_the_mean_of_an_ancestral_step_as_much(process):
     policy = Policy(gaussian_data("vector", process), karras(4, 0.1, 5.0))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..gaussian import spread_over
 from ..guidance import Likelihood, differentiable
 from ..process import Level
 from ..transition import Step, Transition
@@ -31,7 +32,7 @@ __all__ = ["ValueGuidance", "ValueKick", "kicked"]
 def kicked(
     value: nn.Module, x: Tensor, k: int, rho: Tensor | float, scale: float | Tensor, cond: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """x - scale rho grad V(x, k): (B, *), without a graph.
+    """x - scale rho grad V(x, k): (B, *), without a graph; rho is a number, () or (B,).
 
     Raises:
         ValueError: If the value has no gradient in x.
@@ -42,7 +43,7 @@ def kicked(
     if g is None:
         raise ValueError("`value` does not depend on its state through autograd: leave out detach() and no_grad()")
     weight = scale * (rho.to(x) if isinstance(rho, Tensor) else rho)
-    return x - weight * g
+    return x - spread_over(weight, x) * g
 
 
 class ValueKick(Transition):
@@ -81,9 +82,10 @@ class ValueKick(Transition):
         k = self.inner.index(lam_t, lam_s)
         if not isinstance(k, int):
             raise ValueError("`lam_t` must be one level for all rows: the move after a step is of one step")
-        step, rho = self.inner.at(denoiser, x_t, k), self.inner.rhos[k]
+        step = self.inner.at(denoiser, x_t, k)
         if self.steps is not None and k not in self.steps:
             return step
+        rho = self.inner.rho(k, step.p)
         return replace(step, then=lambda x: kicked(self.value, x, k + 1, rho, self.scale, self.cond))
 
     def extra_repr(self) -> str:

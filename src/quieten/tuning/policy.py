@@ -97,11 +97,14 @@ class Policy(nn.Module):
         super().__init__()
         self.denoiser, self.shape = denoiser, denoiser.shape if shape is None else tuple(shape)
         inner = Ancestral(spread=False) if transition is None else transition
-        self.transition = Tuned(inner, denoiser.process, grid, std, trained, last_std=last_std, shape=self.shape, **options)
+        options = {"last_std": last_std, "shape": self.shape, "dtype": _dtype(denoiser), **options}
+        self.transition = Tuned(inner, denoiser.process, grid, std, trained, **options)
         self.transition.to(denoiser.device)
         self.T = self.transition.T
         self.s2: Tensor | None = None
         self.facts: Mapping[str, Any] = {}
+        if self.transition.from_kernel:
+            self._measure()
 
     @property
     def grid(self) -> Tensor:
@@ -115,7 +118,10 @@ class Policy(nn.Module):
 
     @property
     def rhos(self) -> Tensor:
-        """The standard deviation of each step, geometric mean over dimensions: (T,), without a graph."""
+        """The standard deviation of each step, geometric mean over dimensions: (T,), without a graph.
+
+        With `std`="kernel" it depends on the state: here it is the factor times what a few trajectories had at the start.
+        """
         return self.transition.rhos
 
     def prior(self, noise: Tensor) -> Tensor:
@@ -192,5 +198,32 @@ class Policy(nn.Module):
                 moves[k] = (states[k + 1] - states[k]).square_().flatten(1).mean(1)
         return Rollout(states, moves, dict(cond or {}))
 
+    @torch.no_grad()
+    def _measure(self, n: int = 8) -> None:
+        """Takes the kernel's standard deviations along n trajectories; without conditions where a denoiser answers so."""
+        if self.shape is None:
+            return
+        generator, stds = torch.Generator().manual_seed(0), []
+        noise = torch.randn(self.T + 1, n, *self.shape, generator=generator, dtype=_dtype(self.denoiser))
+        noise = noise.to(self.denoiser.device)
+        with evaluating(self.denoiser):
+            x = self.prior(noise[0])
+            for k in range(self.T):
+                try:
+                    p = self.step(x, k)
+                except (KeyError, RuntimeError, TypeError, ValueError):  # no conditions, no answer: those with x0 known stay
+                    return
+                stds.append(self.transition.rho(k, p).log().mean())
+                x = p.sample(noise[k + 1])
+        factors = self.transition.log_rhos.reshape(self.T, -1).mean(1)
+        self.transition.kernel_std = (torch.stack(stds).double() - factors).exp().tolist()
+
     def extra_repr(self) -> str:
         return f"shape={self.shape}"
+
+
+def _dtype(denoiser: Denoiser) -> torch.dtype:
+    """Of a denoiser's tensors, float32 at least; torch's default if it has none."""
+    tensors = (t for t in (*denoiser.parameters(), *denoiser.buffers()) if t.is_floating_point())
+    tensor = next(tensors, None)
+    return torch.get_default_dtype() if tensor is None else torch.promote_types(tensor.dtype, torch.float32)

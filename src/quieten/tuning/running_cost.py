@@ -132,19 +132,21 @@ class Auxiliary(nn.Module):
             sigma * sigma * -math.expm1(max(a - b, -700.0)) for (_, sigma), (a, b) in zip(scales, pairwise(lams), strict=False)
         ]
         if kind == "forward" or (isinstance(s2, str) and s2 == "forward"):
-            values = torch.tensor(forward)
+            values = torch.tensor(forward, dtype=torch.float64)
         elif isinstance(s2, Tensor):
             values = s2.detach().clone()
         elif s2 == "policy":
             values = policy.rhos.square()
         elif s2 == "level":
-            values = torch.tensor([sigma * sigma for _, sigma in scales[:-1]])
+            values = torch.tensor([sigma * sigma for _, sigma in scales[:-1]], dtype=torch.float64)
         else:
             raise ValueError(f"`s2` must be a tensor, 'forward', 'policy' or 'level' (got {s2!r})")
         if values.shape != (policy.T,) or not bool((values > 0).all() and values.isfinite().all()):
             raise ValueError(f"`s2` must be {policy.T} positive numbers, one for each step (got {values.tolist()})")
+        values = values if isinstance(s2, Tensor) and kind != "forward" else values.to(policy.log_std.dtype)
         self.register_buffer("s2", values.to(policy.log_std.device))
-        self.register_buffer("a", torch.tensor([t[0] / s[0] for t, s in pairwise(scales)]).to(self.s2), persistent=False)
+        ratios = torch.tensor([t[0] / s[0] for t, s in pairwise(scales)], dtype=torch.float64)
+        self.register_buffer("a", ratios.to(self.s2.dtype).to(self.s2.device), persistent=False)
 
     def adapt(self, moved: Tensor, decay: float) -> None:
         """Adaptive velocity regularisation: s_k^2 moves towards the mean squared move (T,) of each step.

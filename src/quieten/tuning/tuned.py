@@ -47,12 +47,14 @@ class Tuned(Transition):
         mean_map: Applied to the means, such as a projection to a sphere.
         adhoc_scale1: Factor on the share of the mean that is not alpha_s / alpha_t x_t: the noise term of the official code.
         adhoc_scale2: Factor on the initial standard deviations.
+        dtype: Of the table, where `std` is no tensor; None is torch's default.
 
     Attributes:
         lams: Its levels, T + 1 floats.
         log_std: The trained table, logarithms of (T,) or (T, *shape); entries that are not trained have no effect.
         start: The same as it was at first, which entries that are not trained keep.
         T: Number of steps.
+        kernel_std: Standard deviations of the kernel itself, T floats: those with x0 known, until somebody measures others.
         takes_rows: Whether `inner` takes a level for each row, so that `at` does too.
 
     Raises:
@@ -75,6 +77,7 @@ class Tuned(Transition):
         mean_map: Callable[[Tensor], Tensor] | None = None,
         adhoc_scale1: float = 1.0,
         adhoc_scale2: float = 1.0,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.lams, self.eta = check_grid(grid), inner.eta
@@ -84,7 +87,9 @@ class Tuned(Transition):
         if isinstance(std, str) and std != "kernel":
             raise ValueError(f"`std` must be a number, a tensor, 'kernel' or None (got {std!r})")
         noise = _probed(inner, process, self.lams, shape, needs_noise=std is None)
+        self.kernel_std = [*noise[:-1], self.last_std if self.lams[-1] == math.inf else noise[-1]]
         table = self._table(std, noise, shape) * _positive("adhoc_scale2", adhoc_scale2)
+        dtype = table.dtype if isinstance(std, Tensor) else torch.get_default_dtype() if dtype is None else dtype
         if trained not in TRAINED:
             raise ValueError(f"`trained` must be one of {', '.join(TRAINED)} (got {trained!r})")
         kept = TRAINED[trained]
@@ -93,17 +98,18 @@ class Tuned(Transition):
         self.trained: Trained = trained
         self.takes_rows = _takes_rows(inner, process, self.lams, shape)
         self._free = 0 if kept is None else self.T - kept
-        self.log_std = nn.Parameter(table.log(), requires_grad=self._free > 0)
-        self.register_buffer("start", table.log())
+        self._exact = None if isinstance(std, Tensor) else table
+        self.log_std = nn.Parameter(table.to(dtype).log(), requires_grad=self._free > 0)
+        self.register_buffer("start", table.to(dtype).log())
         self._placed: dict[torch.device, Tensor] = {}
 
     def _table(self, std: Any, noise: list[float], shape: tuple[int, ...] | None) -> Tensor:
         """The initial standard deviations, checked: (T,) or (T, *shape)."""
         if isinstance(std, str):
-            return torch.ones(self.T)
+            return torch.ones(self.T, dtype=torch.float64)
         if std is None:
-            return torch.tensor([*noise[:-1], noise[-1] or self.last_std])
-        table = torch.as_tensor(std).detach().clone()
+            return torch.tensor([*noise[:-1], noise[-1] or self.last_std], dtype=torch.float64)
+        table = std.detach().clone() if isinstance(std, Tensor) else torch.as_tensor(std, dtype=torch.float64)
         table = table if table.is_floating_point() else table.float()
         table = table.expand(self.T).clone() if table.ndim == 0 else table
         if len(table) != self.T or (table.ndim > 1 and shape is not None and tuple(table.shape[1:]) != tuple(shape)):
@@ -113,6 +119,17 @@ class Tuned(Transition):
             raise ValueError(f"`std` must be positive and finite everywhere (its least is {float(table.min()):.3g}): "
                              f"{FLOOR:g} is as good as none")  # fmt: skip
         return table
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Tuned:
+        """As every module, and `.double()` brings the digits back that a table in float32 has lost, where nobody changed it."""
+        had = self.start.dtype
+        super()._apply(fn, *args, **options)
+        if self._exact is not None and torch.finfo(self.start.dtype).eps < torch.finfo(had).eps:
+            built, exact = (table.log().to(self.start) for table in (self._exact.to(had), self._exact))
+            with torch.no_grad():
+                for table in (self.start, self.log_std):
+                    table.copy_(torch.where(table == built, exact, table))
+        return self
 
     # -- steps
 
@@ -137,6 +154,7 @@ class Tuned(Transition):
         if self.mean_map is not None:
             mean = self.mean_map(mean)
         var = (2.0 * self._rows(self.log_rhos, k, x)).exp()
+        var = var.to(mean.dtype) if var.dtype == torch.float64 else var  # states keep their dtype
         if self.from_kernel:
             return Step(Gaussian(mean, var.to(x) * self._kernel_var(step.p, k, x), step.p.basis), step.x0)
         return Step(Gaussian(mean, var), step.x0)
@@ -191,9 +209,24 @@ class Tuned(Transition):
 
     @property
     def rhos(self) -> Tensor:
-        """The standard deviation of each step, geometric mean over dimensions: (T,), without a graph."""
+        """The standard deviation of each step, geometric mean over dimensions: (T,), without a graph.
+
+        Where the kernel has its own, which depends on the state, that of `kernel_std`; `rho` has the one of a step.
+        """
         logs = self.log_rhos.detach()
-        return (logs.flatten(1).mean(1) if logs.ndim > 1 else logs).exp()
+        rhos = (logs.flatten(1).mean(1) if logs.ndim > 1 else logs).exp()
+        return rhos * rhos.new_tensor(self.kernel_std) if self.from_kernel else rhos
+
+    def rho(self, k: int | Tensor, p: Gaussian) -> Tensor:
+        """The standard deviation of step k, geometric mean over dimensions, without a graph: (), or (B,) of a kernel's own.
+
+        Arguments:
+            k: The step, or one for each row.
+            p: What `at` returned for it.
+        """
+        if not self.from_kernel:
+            return self.rhos[k]
+        return (0.5 * p.var.detach().log()).expand_as(p.mean).flatten(1).mean(1).exp()
 
     def _rows(self, table: Tensor, k: int | Tensor, x: Tensor) -> Tensor:
         """The entries of a table for step k, shaped to multiply x."""
