@@ -32,7 +32,7 @@ from quieten.training.source import Source
 from quieten.tuning.borrowed import EncoderValue, lends_encoder
 from quieten.tuning.monitor import Check
 from quieten.tuning.stored import load_policy
-from quieten.tuning.tune import PLAN, Outcome, tune_policy
+from quieten.tuning.tune import PLAN, Outcome, plan_for, tune_policy
 from quieten.tuning.tune_loop import draw
 from quieten.tuning.tune_start import SMALL, Start, few_grid, make_policy, start_of
 from quieten.tuning.yardstick import Yardstick, held_out
@@ -410,6 +410,7 @@ def test_a_recipe_says_how_its_runs_are_tuned(tmp_path: Path, typed: Type) -> No
     ran = typed("tune", run.path, data_file(tmp_path), "-n", 20, "--tau2", 0.03)
     assert ran.code == 0, ran.err
     facts = json.loads((run.path / "policy" / "dxmi-3.json").read_text())["facts"]
+    assert Run.open(run.path / "policy" / "dxmi-3").recipe.train.lr == 1e-5
     assert (facts["start"]["T"], facts["images"], facts["start"]["head_start"]) == (3, 16, 0)
     assert facts["start"]["settings"] == {"tau1": 0.02, "tau2": 0.03}
     ran = typed("tune", run.path, data_file(tmp_path), "-n", 20, "--steps", 2, "--images", 8, "--batch", 8)
@@ -481,6 +482,7 @@ def test_a_diffusers_model_is_tuned_by_adapters(tmp_path: Path, typed: Type) -> 
                 "--width", 4, "--out", out)  # fmt: skip
     assert ran.code == 0, ran.err
     assert "step 2: distance" in ran.err
+    assert Run.open(out / "dxmi-2").recipe.train.lr == plan_for(Start(adapters=2)).lr == 3e-4
     tensors = load_file(out / "dxmi-2.safetensors")
     assert all("adapter" in name or name.endswith(".scale") for name in tensors if name.startswith("network."))
     arrays = tmp_path / "x.npz"

@@ -28,7 +28,12 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="Folder. Default: `policy` in the run; ./policy for zoo and hub.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Examples to show. Default: 25,600.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples, and trajectories, of an iteration. Default: 64.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the means' network. Default: 1e-5.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of the means' network. Default: 1e-5 for all weights, 3e-4 for --adapters (up to 2e-3)."
+        ),
+    ] = None,
     value_lr: Annotated[float | None, typer.Option(help="Of the value, far above --lr. Default: 3e-4.")] = None,
     std_lr: Annotated[float | None, typer.Option(help="Of the log standard deviations. Default: 3e-4.")] = None,
     start: Annotated[

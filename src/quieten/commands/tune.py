@@ -11,7 +11,7 @@ import yaml
 
 from ..files import given_name
 from ..training.source import open_source
-from ..tuning.tune import PLAN, tune_policy
+from ..tuning.tune import plan_for, tune_policy
 from ..tuning.tune_start import Start, start_of
 from ..tuning.yardstick import held_out
 from .variance import examples
@@ -81,10 +81,12 @@ def tune(
     wanted |= given
     training: dict[str, Any] = {key: wanted.pop(key) for key in TRAINING if key in wanted}
     training |= {"seed": seed} | ({} if every is None else {"preview_every": every})
-    plan = type(PLAN)(**{**PLAN.model_dump(), **training})
+    begun = start_of(method, wanted)
+    plan = plan_for(begun)
+    plan = type(plan)(**{**plan.model_dump(), **training})
     kept, held = held_out(examples(opened, data), data)
     tuned = tune_policy(
-        opened, kept, held, name=name, out=out, start=start_of(method, wanted), train=plan, distance=distance, n=n,
+        opened, kept, held, name=name, out=out, start=begun, train=plan, distance=distance, n=n,
         reward=prize, reward_name=reward,
     )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":

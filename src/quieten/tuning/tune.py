@@ -23,7 +23,7 @@ from .tune_reward import Rewarded, RewardMeasure, told_only
 from .tune_start import Start
 from .yardstick import Yardstick
 
-__all__ = ["PLAN", "Outcome", "tune_policy"]
+__all__ = ["PLAN", "Outcome", "plan_for", "tune_policy"]
 
 PLAN = Train(
     images=25_600, batch=64, lr=1e-5, betas=(0.5, 0.99), warmup=640, clip=None, ema=6_400, ema_warmup=0.5, precision="fp32",
@@ -31,6 +31,14 @@ PLAN = Train(
 )  # fmt: skip
 """How policies are tuned unless told otherwise: `lr` is that of the means' network, `preview_every` says how often samples are
 drawn, looked at and measured."""
+
+ADAPTER_LR = 3e-4
+"""`lr` of adapters unless told otherwise: they begin at no change, and at `PLAN.lr` would stay near it."""
+
+
+def plan_for(start: Start) -> Train:
+    """How a policy is tuned unless told otherwise: `PLAN`, with `ADAPTER_LR` where only adapters are trained."""
+    return PLAN.model_copy(update={"lr": ADAPTER_LR}) if start.adapters else PLAN
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def tune_policy(
         name: What it will be loaded by; None is the method and the number of steps, such as "dxmi-4".
         out: The folder; None is the first of `source.policies`.
         start: What the policy starts from and how it learns; None is `Start()`.
-        train: Images, batch, learning rate and so on; None is `PLAN`.
+        train: Images, batch, learning rate and so on; None is `plan_for(start)`.
         distance: What is measured, see `yardstick.KINDS`.
         n: Samples of a measurement.
         reward: reward(x, **cond) -> (B,) of samples, high where they are wanted, for method "dxdp" and no other; then the
@@ -88,7 +96,8 @@ def tune_policy(
         ValueError: For data that do not fit, choices that make no sense, figures that are not finite, or a place that cannot
             be written.
     """
-    start, plan = start or Start(), PLAN if train is None else train
+    start = start or Start()
+    plan = plan_for(start) if train is None else train
     if (reward is not None) != (start.method == "dxdp"):
         raise ValueError(f"`reward` and method 'dxdp' belong together (got method {start.method!r} "
                          f"{'without' if reward is None else 'with'} a reward): give both, or neither")  # fmt: skip
