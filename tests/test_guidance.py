@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -307,7 +308,41 @@ def test_both_share_one_forward(name: str) -> None:
 # ---- bad input
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, "4", True, None])
+@pytest.mark.parametrize("scale", [torch.tensor(2.0), torch.tensor(2), np.float32(2.0), np.array(2.0), np.int64(2), 2])
+def test_any_real_number_is_a_scale(scale: Any) -> None:
+    for given in (scale, lambda lam: scale):
+        guidance = Likelihood(lambda x, lam: -energy(x), given)
+        assert guidance.weight(LAM) == 2.0
+        once = CASES["likelihood"].make().gradient(mixture(), states(), LAM)
+        assert torch.equal(guidance.gradient(mixture(), states(), LAM), 2 * once)
+    assert type(Likelihood(lambda x, lam: -energy(x), scale).weight(LAM)) is float
+
+
+@pytest.mark.parametrize("name", ["posterior", "classifier-free"])
+def test_at_the_data_a_change_of_x0_is_no_gradient(name: str) -> None:
+    x, data = states(), mixture()
+    if name == "posterior":
+        guidance: Guidance = CASES["posterior"].make()
+    else:
+        guidance = ClassifierFree(3.0, weak=gaussian())
+    with refuses("`lam`=inf", "no gradient in x_t", "finite level"):
+        guidance.gradient(data, x, math.inf)
+    assert guidance.gradient(data, x, 20.0).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["likelihood", "gradient", "class", "likelihood of x0"])
+def test_before_infinite_noise_nothing_is_known(name: str) -> None:
+    with refuses("`lam`=-inf", "VE", "finite level"):
+        CASES[name].make().shift(mixture(VE), states(), -math.inf)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(math.nan), torch.tensor(True), torch.tensor(1j), torch.ones(1)])
+def test_a_tensor_as_a_scale_must_be_one_finite_number(scale: Tensor) -> None:
+    with refuses("scale", "finite"):
+        Likelihood(lambda x, lam: -energy(x), scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "4", True, None, np.float32(np.inf), np.bool_(True), np.ones(2)])
 def test_a_scale_must_be_a_finite_number(scale: Any) -> None:
     with refuses("scale", "finite"):
         Likelihood(lambda x, lam: -energy(x), scale)

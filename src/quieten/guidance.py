@@ -30,7 +30,8 @@ class Guidance(nn.Module, ABC):
     changes the estimate of x0 by sigma^2 / alpha g and the noise's by -sigma g. Samples never interact.
 
     Arguments:
-        scale: The weight w, any finite number (0 asks nothing of anything), or a function of lam.
+        scale: The weight w, any finite number (0 asks nothing of anything; a tensor of shape () will do), or a function of
+            lam.
         nonfinite: What a gradient that is not finite does: "raise"; "zero" replaces that sample's whole gradient by 0, and
             "warn" says so too.
 
@@ -44,11 +45,10 @@ class Guidance(nn.Module, ABC):
 
     def __init__(self, scale: Scale = 1.0, nonfinite: str = "raise"):
         super().__init__()
-        if not callable(scale):
-            _check_scale(scale)
         if nonfinite not in ("raise", "zero", "warn"):
             raise ValueError(f"`nonfinite` must be 'raise', 'zero' or 'warn' (got {nonfinite!r})")
-        self.scale, self.nonfinite = scale, nonfinite
+        self.scale: Scale = scale if callable(scale) else _finite(scale)
+        self.nonfinite = nonfinite
 
     @abstractmethod
     def slope(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian | None, Tensor]:
@@ -87,9 +87,15 @@ class Guidance(nn.Module, ABC):
         """The unguided denoiser's Gaussian and sigma^2 / alpha times the gradient: the change of E[x0 | x_t].
 
         In pure noise (lam = -inf in a process with alpha = 0) a gradient in x_t tells nothing: the change is 0 there.
+
+        Raises:
+            ValueError: As `gradient`, and at lam = -inf of a process whose noise is infinite there (VE).
         """
-        p, g = self.both(denoiser, x, lam)
         alpha, sigma = denoiser.process.scales(lam)
+        if isinstance(sigma, float) and sigma == math.inf:
+            raise ValueError(f"`lam`={lam} has no states in {denoiser.process}, whose noise is infinite there: start from a "
+                             "finite level")  # fmt: skip
+        p, g = self.both(denoiser, x, lam)
         if isinstance(alpha, float) and alpha == 0.0:
             return p, torch.zeros_like(x)
         return p, g * spread_over(sigma * sigma / alpha, g)
@@ -99,10 +105,7 @@ class Guidance(nn.Module, ABC):
         if not callable(self.scale):
             return float(self.scale)
         w = self.scale(lam)
-        if isinstance(w, Tensor):
-            return w
-        _check_scale(w)
-        return float(w)
+        return w if isinstance(w, Tensor) else _finite(w)
 
     def checked(self, g: Tensor, x: Tensor, lam: Level) -> Tensor:
         """A gradient after a look at its numbers, which waits for the device; what `nonfinite` makes of it.
@@ -253,9 +256,9 @@ class ClassifierFree(Guidance):
         return super().weight(lam) - 1.0
 
     def slope(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian | None, Tensor]:
+        share = per_noise(denoiser.process, lam)
         p, difference = self._difference(denoiser, x, lam)
-        alpha, sigma = denoiser.process.scales(lam)
-        return p, difference * spread_over(alpha / (sigma * sigma), x)
+        return p, difference * spread_over(share, x)
 
     def shift(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian, Tensor]:
         """As in `Guidance`, and known in pure noise too."""
@@ -315,6 +318,19 @@ def differentiable(x: Tensor) -> Iterator[Tensor]:
         yield (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
 
+def per_noise(process: Process, lam: Level) -> Any:
+    """alpha / sigma^2, which makes a gradient in x_t of a change of E[x0 | x_t].
+
+    Raises:
+        ValueError: At the data themselves (lam = +inf), where no noise is left to share in.
+    """
+    alpha, sigma = process.scales(lam)
+    if isinstance(sigma, float) and sigma == 0.0:
+        raise ValueError(f"`lam`={lam} is the data themselves, where this guidance has no gradient in x_t: ask at a finite "
+                         "level, or for its `shift`")  # fmt: skip
+    return alpha / (sigma * sigma)
+
+
 def detached(p: Gaussian) -> Gaussian:
     """The Gaussian without its graph."""
     return Gaussian(p.mean.detach(), p.var.detach() if p.var.requires_grad else p.var, p.basis)
@@ -349,9 +365,16 @@ def _check_like(g: Any, x: Tensor, what: str) -> None:
         raise ValueError(f"{what} must be {x.dtype} {tuple(x.shape)}, like the state (got {got}): return one like x")
 
 
-def _check_scale(scale: Any) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+def _finite(scale: Any) -> float:
+    """A weight as a float: a number, or anything of shape () that is real."""
+    if getattr(scale, "ndim", None) == 0:
+        given = torch.as_tensor(scale)
+        real = not given.is_complex() and given.dtype != torch.bool
+    else:
+        real = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not real or not math.isfinite(value := float(scale)):
         raise ValueError(f"`scale` must be a finite number, or a function of lam (got {scale!r})")
+    return value
 
 
 def _show(value: Any) -> str:

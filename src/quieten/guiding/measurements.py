@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..gaussian import POINT, Gaussian, spread_over
-from ..guidance import Guidance, Scale, detached, differentiable
+from ..guidance import Guidance, Scale, detached, differentiable, per_noise
 from ..process import Level, Process
 
 __all__ = ["Consistent", "Downsample", "Grey", "LinearMap", "Mask", "Measured", "Operator", "replacement"]
@@ -255,12 +255,10 @@ class Measured(Guidance):
                 with torch.no_grad():
                     pull = self._pull(denoiser, leaf.detach(), lam, p)[0]
                 return p, torch.autograd.grad(live.mean, leaf, pull)[0]
+        share = 1.0 if self.jacobian == "identity" else per_noise(denoiser.process, lam)
         p = denoiser(x, lam)
         pull, c = self._pull(denoiser, x, lam, p)
-        if self.jacobian == "identity":
-            return p, pull
-        alpha, sigma = denoiser.process.scales(lam)
-        return p, _covary(c, pull) * spread_over(alpha / (sigma * sigma), x)
+        return p, pull if self.jacobian == "identity" else _covary(c, pull) * spread_over(share, x)
 
     def shift(self, denoiser: Denoiser, x: Tensor, lam: Level) -> tuple[Gaussian, Tensor]:
         """As in `Guidance`; from the covariance, known in pure noise too."""
