@@ -259,7 +259,10 @@ def test_adm_timesteps():
         (lambda s: SplittingScheduler(solver_order=5), ("`order`", "5")),
         (lambda s: SplittingScheduler(final_sigma="none"), ("`final_sigma`", "'none'", "sigma_min")),
         (lambda s: SplittingScheduler(prediction_type="flow"), ("`prediction_type`", "'flow'")),
-        (lambda s: SplittingScheduler(timestep_spacing="fibonacci").set_timesteps(5), ("`spacing`", "'fibonacci'")),
+        (
+            lambda s: SplittingScheduler(timestep_spacing="fibonacci"),
+            ("`timestep_spacing`", "'fibonacci'", "'adm'", "'linspace'"),
+        ),
         (lambda s: s.set_guidance(3.0), ("`guidance`", "function (x, t)", "float")),
         (lambda s: s.set_timesteps(), ("`num_inference_steps`",)),
         (lambda s: s.set_timesteps(0), ("1 to 1000", "0")),

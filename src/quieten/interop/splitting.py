@@ -26,6 +26,8 @@ from .outside import Answered, KickFn, NoNetwork, Outside, at_time, wide
 
 __all__ = ["SplittingScheduler", "adm_timesteps"]
 
+_SPACINGS = ("adm", "leading", "trailing", "linspace", "uniform", "quadratic")
+
 
 class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     r"""`Split` as a diffusers scheduler, for any pipeline of a network trained on a chain of betas.
@@ -41,7 +43,8 @@ class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         beta_schedule: See there.
         trained_betas: See there.
         prediction_type: "epsilon", "sample" or "v_prediction". A second half of output channels is ignored.
-        timestep_spacing: "adm" (both ends, rounded as guided-diffusion does), "leading", "trailing" or "linspace".
+        timestep_spacing: "adm" (both ends, rounded as guided-diffusion does), "leading", "trailing" or "linspace", as in
+            diffusers; "uniform" or "quadratic", as in `Table.grid`.
         steps_offset: See there.
         solver_order: 1 to 4 of the network's Adams-Bashforth solver.
         splitting: "lie", "strang", "strang_merged", "heun", "heun_pec" or "additive"; see `Split`.
@@ -94,6 +97,9 @@ class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config: Any = self.config
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(f"`prediction_type` must be 'epsilon', 'sample' or 'v_prediction' (got {prediction_type!r})")
+        if timestep_spacing not in _SPACINGS:
+            known = ", ".join(map(repr, _SPACINGS))
+            raise ValueError(f"`timestep_spacing` must be one of {known} (got {timestep_spacing!r})")
         if final_sigma not in ("zero", "sigma_min"):
             raise ValueError(f"`final_sigma` must be 'zero' or 'sigma_min' (got {final_sigma!r})")
         self.table: Table = table(config)
