@@ -95,8 +95,9 @@ class ValueKick(Transition):
 class ValueGuidance(Likelihood):
     r"""Guidance by the log-likelihood -V(x, k), so that `Guided` and splits apply as they do to a classifier.
 
-    Its weight at the level of step k is such that a guided ancestral step moves the mean by :math:`-\lambda \rho_k \nabla V`,
-    V being asked before the step, at (x_k, k).
+    Its weight at the level of step k is such that the policy's own transition, with a denoiser guided by it, moves the mean by
+    :math:`-\lambda \rho_k \nabla V`, V being asked before the step, at (x_k, k). Other transitions, and splits, which ask for a
+    gradient where they please, make more or less of it: around those, `ValueKick` moves by just that much, after each step.
 
     Arguments:
         value: V(x, k, **cond), low where it is good.
@@ -148,8 +149,7 @@ class ValueGuidance(Likelihood):
 
 
 def _factor(policy: Policy, k: int) -> float:
-    """alpha / (b sigma^2) of a step, with which its mean moves by what the gradient is multiplied by."""
-    process, (lam_t, lam_s) = policy.denoiser.process, policy.transition.lams[k : k + 2]
-    alpha, sigma = process.scales(lam_t)
-    _, b, _, _ = process.coefficients(lam_t, lam_s)
-    return float(alpha / (b * sigma * sigma))
+    """alpha / (b sigma^2) of a step, with which its mean moves by what the gradient is multiplied by; b is its `response`."""
+    alpha, sigma = policy.denoiser.process.scales(policy.transition.lams[k])
+    b = policy.transition.response(k)
+    return float(alpha / (b * sigma * sigma)) if b else 0.0

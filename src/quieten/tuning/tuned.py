@@ -82,7 +82,7 @@ class Tuned(Transition):
         super().__init__()
         self.lams, self.eta = check_grid(grid), inner.eta
         self.inner, self.process, self.mean_map, self.adhoc_scale1 = inner, process, mean_map, float(adhoc_scale1)
-        self.T, self.last_std = len(self.lams) - 1, _positive("last_std", last_std)
+        self.shape, self.T, self.last_std = shape, len(self.lams) - 1, _positive("last_std", last_std)
         self.from_kernel = isinstance(std, str)
         if isinstance(std, str) and std != "kernel":
             raise ValueError(f"`std` must be a number, a tensor, 'kernel' or None (got {std!r})")
@@ -184,6 +184,13 @@ class Tuned(Transition):
         grid = self._grid(k.device if device is None else device)
         return grid[k], grid[k + 1]
 
+    def response(self, k: int) -> float:
+        """By how much the mean of step k moves when the estimate of x0 moves by 1, in every dimension."""
+        lam_t, lam_s = self.levels(k)
+        x, small = torch.zeros(1, *(self.shape or (1,)), dtype=torch.float64), 2.0**-7  # within any bound on x0
+        means = [self.inner(_Nothing(self.process, self.shape, c), x, lam_t, lam_s).p.mean for c in (0.0, small)]
+        return self.adhoc_scale1 * float((means[1] - means[0]).mean()) / small
+
     # -- noise
 
     @property
@@ -256,14 +263,14 @@ class Tuned(Transition):
 
 
 class _Nothing(Denoiser):
-    """A denoiser that answers 0, to see what noise a transition adds."""
+    """A denoiser that answers 0, or another number, to see what noise a transition adds and what it makes of an answer."""
 
-    def __init__(self, process: Process, shape: tuple[int, ...] | None):
+    def __init__(self, process: Process, shape: tuple[int, ...] | None, answer: float = 0.0):
         super().__init__()
-        self.process, self.shape = process, shape
+        self.process, self.shape, self.answer = process, shape, answer
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
-        return Moving(torch.zeros_like(x), rate=torch.zeros_like(x))
+        return Moving(torch.full_like(x, self.answer), rate=torch.zeros_like(x))
 
 
 def _probed(
