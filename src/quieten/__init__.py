@@ -38,6 +38,7 @@ _WHERE = {
     "likelihoods.decoders": ["Decoder", "Dequantised", "Discretised", "Flat", "Pixels", "Plain"],
     "solvers.grids": ["dp_seg", "dp_vb", "edge_costs", "take"],
     "likelihoods.bound": ["VariationalBound"],
+    "likelihoods.hybrid": ["Hybrid"],
     "encoder": ["Contraction", "Encoder", "LearnedEncoder"],
     "encoding.encoded": ["Encoded", "EncodedFlow"],
     "objective": ["Batch", "Denoising", "Objective", "Update"],

@@ -256,10 +256,14 @@ class Preconditioned(Denoiser):
         self.shape = tuple(shape) if shape is not None else None
 
     def forward(self, x: Tensor, lam: Level, **cond: Any) -> Gaussian:
+        return self.both(x, lam, **cond)[1]
+
+    def both(self, x: Tensor, lam: Level, **cond: Any) -> tuple[Tensor, Gaussian]:
+        """The prediction (B, *) in the network's own form, and the Gaussian over x0, from one call of the network."""
         out, r = self._call(x, lam, cond)
         alpha, sigma = self.process.scales_over(lam, x)
         var = POINT if r is None else (0.5 * r + 0.5).clamp_min(0.0) * (sigma * sigma)
-        return Gaussian(convert(out, x, self.form, "x0", alpha, sigma), var)
+        return out, Gaussian(convert(out, x, self.form, "x0", alpha, sigma), var)
 
     def predict(self, x: Tensor, lam: Level, form: Form = "x0", **cond: Any) -> Tensor:
         """The prediction, straight from the network's own form: exact at alpha = 0 where that form is."""

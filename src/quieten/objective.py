@@ -193,7 +193,13 @@ class Denoising(Objective):
         return getattr(self.target, "ahead", True)
 
     def _losses(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        u = self.schedule.draw(draws).to(level_dtype(batch.x0)).to(batch.x0.device)
+        weight, noised = self._noised(denoiser, batch, draws)
+        f = denoiser.predict(noised.x_t, noised.lam, getattr(denoiser, "form", "x0"), **noised.cond)
+        return self._compared(denoiser, f, weight, noised, batch)
+
+    def _noised(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> tuple[Tensor, Noised]:
+        """What the network is shown, and the weights (B,) of its errors of eps."""
+        u = self._times(batch.x0, draws)
         if self.weighting == "likelihood":
             lam, rate = self.schedule.rate(u)
             weight = 0.5 * rate
@@ -201,16 +207,24 @@ class Denoising(Objective):
             lam = self.schedule(u)
             weight = (WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting)(_finite(lam))
         told = dropped(batch.cond, self.drop, draws)
-        noised = noised_by(denoiser.process, batch.x0, lam, draws)._replace(cond=told, draws=draws)
+        return weight, noised_by(denoiser.process, batch.x0, lam, draws)._replace(cond=told, draws=draws)
+
+    def _times(self, x0: Tensor, draws: Draws) -> Tensor:
+        """u (B,) in (0, 1) of the examples."""
+        return self.schedule.draw(draws).to(level_dtype(x0)).to(x0.device)
+
+    def _compared(self, denoiser: Denoiser, f: Tensor, weight: Tensor, noised: Noised, batch: Batch) -> dict[str, Tensor]:
+        """The losses of a prediction f (B, *) in the denoiser's own form."""
         p, q = form_coefficients(getattr(denoiser, "form", "x0"), noised.alpha, noised.sigma)
         with torch.no_grad():
             aim = Regression(noised.x0, noised.eps) if self.target is None else Regression(*self.target(noised, batch))
-        error = denoiser.predict(noised.x_t, lam, getattr(denoiser, "form", "x0"), **told) - (p * aim.eps + q * aim.x0)
-        loss = (weight * self._in_eps(denoiser, _finite(lam))).to(error) * error.square().flatten(1).mean(1)
+        error = f - (p * aim.eps + q * aim.x0)
+        lam = _finite(noised.lam)
+        loss = (weight * self._in_eps(denoiser, lam)).to(error) * error.square().flatten(1).mean(1)
         if aim.removed is None:
             return {"loss": loss}
         # E[plain] = E[loss] + E[weight ||eps - its average||^2], the cross term having mean 0; (alpha / sigma)^2 is exp(lam)
-        apart = aim.removed * (weight * torch.exp(_finite(lam))).detach().to(aim.removed) / max(1, error[:1].numel())
+        apart = aim.removed * (weight * torch.exp(lam)).detach().to(aim.removed) / max(1, error[:1].numel())
         return {"loss": loss, "plain_loss": loss.detach() + apart.to(loss)}
 
     def _in_eps(self, denoiser: Denoiser, lam: Tensor) -> Tensor:

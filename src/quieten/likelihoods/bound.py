@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser, convert, form_coefficients
 from ..encoder import Encoder
 from ..encoding.encoded import Encoded
-from ..gaussian import spread_over
+from ..gaussian import Gaussian, spread_over
 from ..noise import Draws
 from ..objective import Batch, Objective, dropped, level_dtype
 from ..process import Process
@@ -25,11 +25,13 @@ __all__ = [
     "Terms",
     "VariationalBound",
     "check_encoder",
+    "check_falling",
     "continuous",
     "drift_error",
     "in_steps",
     "mean_error",
     "prior_term",
+    "spread_kl",
 ]
 
 Decode = Callable[[Any, Tensor, Tensor, Any], Tensor]
@@ -119,11 +121,10 @@ class VariationalBound(Objective):
         if reverse_variance != "equal" and steps is None:
             raise ValueError("`reverse_variance` other than 'equal' makes the bound infinite in continuous time: give `steps`")
         if reverse_variance == "learned" and encoder is not None:
-            raise ValueError("`reverse_variance` 'learned' is a variance of x0, which a denoiser of encoded data does not "
-                             "know: take 'optimal'")  # fmt: skip
+            raise ValueError("`reverse_variance` 'learned' is of x0, which no denoiser of encoded data knows: take 'optimal'")
         if times not in ("even", "independent"):
             raise ValueError(f"`times` must be 'even' or 'independent' (got {times!r})")
-        _check_falling(schedule)
+        check_falling(schedule)
         self.schedule, self.decoder, self.steps, self.encoder = schedule, decoder, steps, encoder
         self.shape_by, self.momentum, self.drop, self.lean = shape_by, momentum, dict(drop or {}), lean
         self.reverse_variance, self.times, self._looked = reverse_variance, times, False
@@ -240,16 +241,7 @@ class VariationalBound(Objective):
         if p.is_point:
             raise ValueError("`reverse_variance` 'learned' needs a denoiser that reports a variance: WithCovariance(...), or a "
                              "network with `learned_range`")  # fmt: skip
-        steps = torch.expm1(spread_over(lam_s - lam, x0))
-        error = (alpha / sigma) * (x0 - p.mean)
-        if p.basis is not None:
-            error = p.basis.forward(error)
-        if getattr(denoiser, "learned_range", False):  # var = f sigma_t^2, and 1 + e = (sigma_t^2 / sigma_s^2)^f
-            sigma_s = self._process(denoiser).scales_over(lam_s, x0)[1]
-            log = p.var * (2.0 / (sigma * sigma) * (sigma / sigma_s).log())
-        else:
-            log = torch.log1p(steps * (alpha / sigma) ** 2 * p.var)
-        return 0.5 * (log + torch.expm1(-log) + steps * error.square() * torch.exp(-log)).flatten(1).sum(1)
+        return spread_kl(denoiser, p, x0, lam, lam_s)
 
     # -- its surroundings
 
@@ -288,6 +280,26 @@ class VariationalBound(Objective):
         """Whether prior and reconstruction depend on anything that is learned."""
         modules = [m for m in (self.schedule, self.encoder, self.decoder) if isinstance(m, nn.Module)]
         return any(p.requires_grad for m in modules for p in m.parameters())
+
+
+def spread_kl(denoiser: Denoiser, p: Gaussian, x0: Tensor, lam: Tensor, lam_s: Tensor) -> Tensor:
+    """KL (B,) in nats from the posterior of a step to the kernel of the variance that a denoiser reports, in its basis.
+
+    Arguments:
+        denoiser: Its process is that of the step; with `learned_range` the kernel is that of `Ancestral(range=True)`.
+        p: What it says of x_t, at log-SNRs lam (B,).
+        x0: The data (B, *).
+        lam_s: Log-SNRs after the step (B,), higher.
+    """
+    alpha, sigma = denoiser.process.scales_over(lam, x0)
+    steps, error = torch.expm1(spread_over(lam_s - lam, x0)), (alpha / sigma) * (x0 - p.mean)
+    error = error if p.basis is None else p.basis.forward(error)
+    if getattr(denoiser, "learned_range", False):  # var = f sigma_t^2, and 1 + e = (sigma_t^2 / sigma_s^2)^f
+        sigma_s = denoiser.process.scales_over(lam_s, x0)[1]
+        log = p.var * (2.0 / (sigma * sigma) * (sigma / sigma_s).log())
+    else:
+        log = torch.log1p(steps * (alpha / sigma) ** 2 * p.var)
+    return 0.5 * (log + torch.expm1(-log) + steps * error.square() * torch.exp(-log)).flatten(1).sum(1)
 
 
 def mean_error(denoiser: Denoiser, x_t: Tensor, eps: Tensor, lam: Tensor, **cond: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -359,7 +371,8 @@ def prior_term(process: Process, x: Tensor, lam: Tensor) -> Tensor:
     return 0.5 * (summed(x.square()) * (alpha * alpha / prior).to(x) + constant.to(x))
 
 
-def _check_falling(schedule: Schedule) -> None:
+def check_falling(schedule: Schedule) -> None:
+    """Raises ValueError unless a schedule falls from one finite log-SNR to another."""
     with torch.no_grad():
         top, bottom = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     if not -math.inf < bottom < top < math.inf:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..denoiser import Preconditioned
     from ..encoder import Encoder
     from ..likelihoods.bound import VariationalBound
-    from ..objective import Denoising, Objective
+    from ..likelihoods.hybrid import Hybrid
+    from ..objective import Denoising, Objective, Weighting
     from ..process import Process
     from ..schedule import Schedule
     from ..transition import Transition
@@ -33,6 +34,7 @@ __all__ = [
     "build_denoiser",
     "build_denoising",
     "build_grid",
+    "build_hybrid",
     "build_objective",
     "build_sampler",
     "build_schedule",
@@ -198,9 +200,11 @@ def build_denoiser(recipe: Recipe) -> Preconditioned:
     process, split = _process(recipe)
     context = _context(recipe)
     bound = recipe.section("bound") if recipe.objective.kind == "bound" else None
-    ranged = bound is not None and bound.options.get("reverse_variance") == "learned"
+    hybrid = recipe.objective.kind == "hybrid"
+    ranged = hybrid or (bound is not None and bound.options.get("reverse_variance") == "learned")
     if (split or ranged) and "channels" not in context:
         raise ValueError("the counterterm 'split' is for images: take sigma2 or none for vectors" if split else
+                         "the objective 'hybrid' is for images: take denoising for vectors" if hybrid else
                          "the reverse variance 'learned' is for images: take equal or optimal for vectors")  # fmt: skip
     wide = {"out_channels": 2 * context["channels"]} if split or ranged else {}
     net = build("net", model.net.kind, model.net.options | wide, **context)
@@ -246,18 +250,35 @@ def build_objective(recipe: Recipe, data: Dataset | None = None) -> Objective:
     if recipe.objective.kind == "bound" and recipe.section("target") is not None:
         raise ValueError("section `target` says what denoising regresses on, the variational bound does not: leave it out, or "
                          "take objective.kind=denoising")  # fmt: skip
+    if recipe.objective.kind != "hybrid" and recipe.section("hybrid") is not None:
+        raise ValueError(f"section `hybrid` needs `objective.kind` to be hybrid (got {recipe.objective.kind!r}): change it, or "
+                         "leave the section out")  # fmt: skip
     return build("objective", recipe.objective.kind, {}, recipe=recipe, data=data)
 
 
 def build_denoising(recipe: Recipe, data: Dataset | None = None) -> Denoising:
     """Weighted regression of x0; a section `target` says on what, when there is one."""
     from ..objective import Denoising
+
+    return Denoising(*_denoising(recipe, data))
+
+
+def build_hybrid(recipe: Recipe, data: Dataset | None = None) -> Hybrid:
+    """Weighted regression of x0, and the variational bound for a learned range; the section `hybrid` has its options."""
+    from ..likelihoods.hybrid import Hybrid
+    from .parts import build
+
+    kind = recipe.section("hybrid")
+    return Hybrid(*_denoising(recipe, data), **({} if kind is None else build("hybrid", kind.kind, kind.options)))
+
+
+def _denoising(recipe: Recipe, data: Dataset | None) -> tuple[Schedule, Weighting, Any, dict[str, tuple[float, int | float]]]:
+    """The arguments of a weighted regression: schedule, weighting, target, and what to drop."""
     from .parts import build
 
     weighting, target = recipe.objective.weighting, recipe.section("target")
     regress_on = None if target is None else build("target", target.kind, target.options, **_context(recipe), data=data)
-    weigh = build("weighting", weighting.kind, weighting.options)
-    return Denoising(build_schedule(recipe), weigh, regress_on, _drop(recipe))
+    return build_schedule(recipe), build("weighting", weighting.kind, weighting.options), regress_on, _drop(recipe)
 
 
 def build_bound(recipe: Recipe, data: Dataset | None = None) -> VariationalBound:

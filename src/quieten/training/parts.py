@@ -63,8 +63,13 @@ PARTS: dict[str, dict[str, str | Builder]] = {
         "edm": "training.parts:weigh_edm",
         "min-snr": "training.parts:weigh_min_snr",
     },
-    "objective": {"denoising": "training.config:build_denoising", "bound": "training.config:build_bound"},
+    "objective": {
+        "denoising": "training.config:build_denoising",
+        "hybrid": "training.config:build_hybrid",
+        "bound": "training.config:build_bound",
+    },
     "bound": {"continuous": "likelihoods.bound:continuous", "steps": "likelihoods.bound:in_steps"},
+    "hybrid": {"steps": "likelihoods.hybrid:in_hybrid"},
     "encoder": {
         "contraction": "encoding.encoders:contraction",
         "compact": "encoding.encoders:compact",
