@@ -73,6 +73,33 @@ def test_each_failure_is_seen_and_said(name: str, change: dict, status: str, wor
     assert others <= {"pass"} or name == "finite"
 
 
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("running cost", {"cost": (0.5, NAN, 0.5)}),
+        ("noise", {"std": (0.8, NAN, 1e-3)}),
+        ("explained variance", {"explained": (0.2, 0.3, NAN)}),
+        ("explained variance", {"explained": (0.2, NAN, 0.9)}),
+        ("energy gap", {"data_energy": NAN}),
+        ("Le Cam", {"energy_loss": NAN}),
+        ("value range", {"largest": NAN}),
+        ("clipping", {"clipped": NAN}),
+        ("collapse", {"spread": Spread(0.7, NAN)}),
+        ("collapse", {"data_spread": Spread(NAN, 0.9)}),
+        ("drift", {"drift": NAN}),
+        ("held-out distance", {"distance": NAN}),
+    ],
+)
+def test_no_check_passes_what_is_no_number(name: str, change: dict) -> None:
+    found = {check.name: check for check in diagnose(replace(HEALTHY, **change))}
+    assert {check for check, verdict in found.items() if verdict.status != "pass"} == {"finite", name}
+    assert (found["finite"].status, found[name].status) == ("fail", "fail")
+    assert "is nan: go back" in found[name].text
+
+
 def test_what_is_unknown_is_not_checked() -> None:
     assert diagnose(Reading()) == []
     assert [check.name for check in diagnose(Reading(drift=0.1))] == ["finite", "drift"]

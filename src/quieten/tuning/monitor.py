@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Literal
 
 import torch
@@ -150,8 +151,10 @@ def drift(x: Tensor, start: Tensor) -> float:
 
 
 def check_finite(r: Reading) -> Check | None:
-    """Energies, losses and noise are numbers."""
-    known = [r.data_energy, r.sample_energy, r.energy_loss, r.largest, r.distance, r.drift, *(r.cost or ()), *(r.std or ())]
+    """Energies, losses, noise and all else that was read are numbers."""
+    known = [r.data_energy, r.sample_energy, r.energy_loss, r.largest, r.distance, r.drift, r.clipped]
+    known += [value for each in (r.cost, r.std, r.explained) for value in each or ()]
+    known += [value for each in (r.spread, r.data_spread) if each is not None for value in (each.std, each.distance)]
     values = [value for value in known if value is not None]
     if not values:
         return None
@@ -192,7 +195,7 @@ def check_explained(r: Reading) -> Check | None:
     if last < 0.1:
         text = f"the value explains {last:.0%} of the energy after the last step: raise the value's lr, or lower the policy's"
         return Check("explained variance", "fail" if last < -1.0 else "warn", last, text)
-    if least < -1.0:
+    if not least >= -1.0:
         text = f"the value of step {k} explains {least:.0%} of its target, worse than a constant: lower the value's lr"
         return Check("explained variance", "warn", least, text)
     return Check("explained variance", "pass", last, f"the value explains {last:.0%} of the energy after the last step")
@@ -281,20 +284,35 @@ def check_distance(r: Reading) -> Check | None:
     return Check("held-out distance", status, ratio, text if status == "pass" else f"{text}: it grows, lower lr")
 
 
+def _strict(check: Callable[[Reading], Check | None]) -> Callable[[Reading], Check | None]:
+    """A check that fails where its figure is no number: a comparison with NaN says nothing."""
+
+    @wraps(check)
+    def strict(r: Reading) -> Check | None:
+        found = check(r)
+        if found is None or math.isfinite(found.value):
+            return found
+        return Check(
+            found.name, "fail", found.value, f"its figure is {found.value}: go back, and on with smaller learning rates"
+        )
+
+    return strict
+
+
 CHECKS: dict[str, Callable[[Reading], Check | None]] = {
     "finite": check_finite,
-    "running cost": check_cost,
-    "noise": check_noise,
-    "explained variance": check_explained,
-    "energy gap": check_gap,
-    "Le Cam": check_le_cam,
-    "value range": check_range,
-    "clipping": check_clipped,
-    "collapse": check_collapse,
-    "drift": check_drift,
-    "held-out distance": check_distance,
+    "running cost": _strict(check_cost),
+    "noise": _strict(check_noise),
+    "explained variance": _strict(check_explained),
+    "energy gap": _strict(check_gap),
+    "Le Cam": _strict(check_le_cam),
+    "value range": _strict(check_range),
+    "clipping": _strict(check_clipped),
+    "collapse": _strict(check_collapse),
+    "drift": _strict(check_drift),
+    "held-out distance": _strict(check_distance),
 }
-"""Every check by name."""
+"""Every check by name; each fails where its figure is not finite."""
 
 
 def _bound(r: Reading) -> float:
@@ -303,6 +321,6 @@ def _bound(r: Reading) -> float:
 
 
 def _worst(values: Sequence[float], badness: Callable[[float], float]) -> tuple[int, float]:
-    """Place and value of the worst."""
-    k = max(range(len(values)), key=lambda i: badness(values[i]))
+    """Place and value of the worst: one that is no number, if there is one."""
+    k = max(range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else badness(values[i]))
     return k, values[k]
