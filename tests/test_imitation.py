@@ -15,7 +15,7 @@ from quieten.gaussian import Gaussian
 from quieten.imitation import MaxEntIRL
 from quieten.tuning.pairs import gathered
 from quieten.tuning.policy import Policy, Rollout
-from quieten.tuning.running_cost import Auxiliary, expected_cost, running_cost
+from quieten.tuning.running_cost import Auxiliary, expected_cost, running_cost, time_costs
 from quieten.tuning.settings import PRESETS, Settings
 
 CASES = {
@@ -295,3 +295,15 @@ def test_two_processes_do_what_one_does():
     for half in halves:
         for a, b in zip(whole.state_dict().values(), half.state_dict().values(), strict=True):
             within(1e-5, (a - b).abs().max(), "weights")
+
+
+def test_presets_of_the_large_runs():
+    """Table of the official configurations: the time cost over all steps, where costs count, and what is trained how fast."""
+    for name, T, tau1, skip, summed in (
+        ("imagenet64", 10, 0.1, 3, 0.9866143), ("imagenet64-4", 4, 0.1, 0, 0.7615942),
+        ("lsun", 10, 0.01, 3, 0.5), ("lsun-4", 4, 0.1, 0, 0.7615942),
+    ):  # fmt: skip
+        s = PRESETS[name]
+        assert (s.tau1, s.tau2, s.gamma, s.avr, s.skip_sampler_tau) == (tau1, 0.01, 1.0, 0.99, skip)
+        assert (s.lr_policy, s.lr_value, s.value_clip, s.policy_clip, s.n_generator) == (1e-8, 1e-5, 0.1, None, "all")
+        assert sum(time_costs(T, s.time_cost, s.time_cost_scale)) == pytest.approx(summed, abs=1e-7)

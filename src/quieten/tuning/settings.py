@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -119,10 +119,15 @@ class Settings:
             self._need(name, lambda v: _counts(v, 0), "be a whole number of at least 0")
         for name, known in _WORDS.items():
             self._need(name, lambda v, known=known: v in known, f"be one of {', '.join(known)}")
+        self._need("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "be two numbers in [0, 1)")
 
     def _need(self, name: str, good: Any, must: str) -> None:
         value = getattr(self, name)
-        if value is not None and not good(value):
+        try:
+            fine = name in _OPTIONAL if value is None else bool(good(value))
+        except (TypeError, ValueError):  # no number at all
+            fine = False
+        if not fine:
             raise ValueError(f"`{name}` must {must} (got {value!r})")
 
     def factor(self, iteration: int) -> float:
@@ -150,6 +155,9 @@ _WORDS = {
     "compat": ("official",),
 }
 
+_OPTIONAL = {f.name for f in fields(Settings) if "None" in str(f.type)}
+"""Settings that may be None."""
+
 _TIMED: dict[str, Any] = {"time_cost": None, "entropy_in_value": 0, "velocity_in_value": 0}
 
 PRESETS: dict[str, Settings] = {
@@ -159,6 +167,17 @@ PRESETS: dict[str, Settings] = {
         skip_sampler_tau=3, n_generator="all", policy_clip=None, value_clip=0.1, lr_policy=1e-8, optimizer="radam"
     ),
     "imagenet64-4": Settings(n_generator="all", policy_clip=None, value_clip=0.1, lr_policy=1e-8, optimizer="radam"),
+    "lsun": Settings(
+        tau1=0.01,
+        time_cost="linear",
+        skip_sampler_tau=3,
+        n_generator="all",
+        policy_clip=None,
+        value_clip=0.1,
+        lr_policy=1e-8,
+        optimizer="radam",
+    ),
+    "lsun-4": Settings(n_generator="all", policy_clip=None, value_clip=0.1, lr_policy=1e-8, optimizer="radam"),
     "toy": Settings(
         tau1=0.1, tau2=0.1, lr_policy=1e-4, lr_std=1e-3, lr_value=1e-3, betas=(0.5, 0.99), ema=0.998, policy_clip=None, **_TIMED
     ),
@@ -174,7 +193,8 @@ PRESETS: dict[str, Settings] = {
         **_TIMED,
     ),
 }
-"""Settings by name: the official configurations of images; two dimensions with a value of the time; a separate energy."""
+"""Settings by name: the official configurations of images, for ten steps or ("-4") four; two dimensions with a value of the
+time; a separate energy."""
 
 
 def check_parts(
