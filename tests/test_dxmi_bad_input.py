@@ -10,9 +10,12 @@ from torch import nn
 
 from dxmi_toys import Asked, Linear, Quadratic, Still
 from helpers import refuses
-from quieten import karras
+from quieten import Ancestral, karras
+from quieten.gaussian import Gaussian
 from quieten.imitation import MaxEntIRL
 from quieten.tuning.policy import Policy
+from quieten.tuning.policy_schedule import fastdpm
+from quieten.tuning.running_cost import expected_cost, running_cost, time_costs
 from quieten.tuning.settings import Settings
 
 
@@ -30,7 +33,8 @@ def ready(settings=None, table=None, **options) -> MaxEntIRL:
         ("skip_sampler_tau", -1), ("ema", 1.0), ("target_decay", 1.5), ("policy_clip", 0.0), ("cost", "euler"),
         ("repeat_value_update", 0), ("value_update_order", "forward"), ("entropy", "renyi"), ("anneal", 0.0),
         ("entropy_in_value", -1), ("velocity_in_value", 1.5), ("explore", -1.0), ("compat", "paper"),
-        ("optimizer", "lion"), ("value_optimizer", "lion"),
+        ("optimizer", "lion"), ("value_optimizer", "lion"), ("tau1", None), ("tau2", None), ("gamma", None), ("tau1", "a"),
+        ("reduction", None), ("n_critic", None), ("lr_policy", None), ("betas", (2, 1)), ("betas", 0.9), ("betas", (0.9,)),
     ],
 )  # fmt: skip
 def test_settings_are_refused_by_name(name, value):
@@ -107,3 +111,57 @@ def test_what_is_not_finite_is_named():
 
     with refuses("the gradient of the value at step 0"):
         ready(value=Steep(torch.ones(3, 4)), settings=Settings(lr_value=0.0)).iterate(torch.zeros(4, 2))
+
+    class Kept(Quadratic):
+        def forward(self, x, k, **cond):
+            return super().forward(x, k).detach()
+
+    with refuses("`value`", "depend on its parameters", "detach()"):
+        ready(value=Kept(torch.ones(3, 4))).iterate(torch.zeros(4, 2))
+
+
+def test_what_torch_would_say_less_clearly():
+    class Matrix(Linear):
+        def forward(self, x, lam, **cond):
+            return Gaussian(x @ self.m)
+
+    denoiser = Matrix((2,))
+    denoiser.m = nn.Parameter(torch.eye(2))
+    irl = MaxEntIRL(Policy(denoiser, karras(3, 0.1, 2.0)), Quadratic(torch.ones(3, 4)))
+    with refuses("`x0`", "float64", "float32"):
+        irl.iterate(torch.zeros(4, 2, dtype=torch.float64))
+    assert irl.iterate(torch.zeros(4, 2))["policy_loss"].isfinite()
+    policy = Policy(Linear((2,)), karras(4, 0.1, 2.0))
+    for takes_rows in (True, False):
+        policy.transition.takes_rows = takes_rows
+        for k in (torch.tensor([0, 4]), torch.tensor([0, -1])):
+            with refuses("`k`", "0..3", str(k.tolist())):
+                policy.step(torch.zeros(2, 2), k)
+
+
+def test_costs_and_chains_that_make_no_sense():
+    x, p = torch.zeros(3, 2), Gaussian(torch.zeros(3, 2), torch.ones(()))
+    for s2 in (-1.0, 0.0, math.nan, torch.tensor(0.0), torch.tensor([1.0, math.nan, 1.0])):
+        with refuses("`s2`", "positive"):
+            running_cost(x, x, s2)
+        with refuses("`s2`", "positive"):
+            expected_cost(x, p, s2)
+    with refuses("`reduction`", "'max'"):
+        running_cost(x, x, 1.0, reduction="max")
+    with refuses("`reduction`", "'max'"):
+        expected_cost(x, p, 1.0, reduction="max")
+    assert running_cost(x + 1, x, 0.5, "rescale").tolist() == [1.0] * 3
+    for n in (0, 1, 3):  # one number is an example too
+        assert running_cost(torch.zeros(n), torch.ones(n), torch.ones(n), reduction="sum").tolist() == [0.5] * n
+    with refuses("`compat`", "'paper'"):
+        time_costs(3, compat="paper")
+    for kappa in (-1.0, 1.5, math.nan):
+        with refuses("`kappa`", "[0, 1]"):
+            fastdpm(4, kappa=kappa)
+    with refuses("`betas`", "rise"):
+        fastdpm(4, betas=(0.02, 1e-4))
+
+
+def test_a_clipped_mean_is_worth_a_warning():
+    with pytest.warns(UserWarning, match="`transition` clips the estimate of x0"):
+        Policy(Linear((2,)), karras(3), Ancestral(clip=1.0, spread=False))

@@ -249,3 +249,10 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     for wrong in ("brightness", "own_rewards_for_a_test:dark", "no_such_module_here:f", "own_rewards_for_a_test:number"):
         with refuses("--reward", wrong):
             load_reward(wrong)
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_a_reward_that_is_no_number_is_named(differentiable):
+    tuning = RewardTuning(Policy(Affine().float(), LAMS), lambda x: x.sum(1) * math.nan, differentiable=differentiable)
+    with refuses("`reward` of the samples is not finite", "a number"):
+        tuning.iterate(torch.zeros(4, 2))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from .guiding.value_guide import kicked
 from .noise import INITIAL, Draws
 from .tuning.critics import column, contrast, explained, follow, follower, frozen, largest, mean, spread
 from .tuning.descent import Average, Descent
-from .tuning.pairs import Pairs, checked, gathered, keyed, shared_uniforms, shuffled, unseeded
+from .tuning.pairs import Pairs, checked, gathered, keyed, same_dtype, shared_uniforms, shuffled, unseeded
 from .tuning.policy import Policy, Rollout
 from .tuning.running_cost import Auxiliary, time_costs
 from .tuning.settings import Settings, check_parts, optimizers
@@ -60,6 +60,9 @@ class MaxEntIRL(Descent):
     Raises:
         ValueError: For parts that do not belong together, or settings that make no sense for this policy.
     """
+
+    COST: ClassVar[str] = "energy"
+    """What an energy that nobody trains is called."""
 
     def __init__(
         self,
@@ -111,13 +114,18 @@ class MaxEntIRL(Descent):
             What happened, without a graph: see `critic` and `improve`.
 
         Raises:
-            ValueError: For data or conditions that do not fit; and, on a CPU, as soon as an energy, a target, a value or a
+            ValueError: For data or conditions that do not fit, data of another dtype than the networks take, a value or an
+                energy that does not depend on its parameters; and, on a CPU, as soon as an energy, a target, a value or a
                 gradient is not finite. On other devices such a step is skipped, and `check` raises when it is asked.
         """
         cond = checked(cond, len(x0))
         if self.policy.shape is not None and tuple(x0.shape[1:]) != self.policy.shape:
             raise ValueError(f"`x0` must have shape (B, {', '.join(map(str, self.policy.shape))}) (got {tuple(x0.shape)})")
         draws = unseeded(len(x0)) if draws is None else draws
+        with same_dtype(x0, self.policy.denoiser):
+            return self._iterate(x0, cond, draws, average)
+
+    def _iterate(self, x0: Tensor, cond: Mapping[str, Tensor], draws: Draws, average: Average | None) -> dict[str, Tensor]:
         rollouts, told = [], {}
         for turn in range(self.settings.n_critic):
             rollout, facts = self.critic(x0, cond, draws, average, turn)
@@ -206,7 +214,8 @@ class MaxEntIRL(Descent):
             return None
         with evaluating(self.energy):
             e = self.energy_of(roll.final, **roll.cond)
-        self._look(e, "the energy of the samples", average)
+        self._look(roll.final, "a sample of the policy", average)
+        self._look(e, f"`{self.COST}` of the samples", average, "it has to be a number for all that the policy may draw")
         return e
 
     def _energy_step(self, x0: Tensor, roll: Rollout, average: Average | None) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +28,32 @@ class Descent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.iterations = 0
-        self._bad: dict[str, Tensor] = {}
+        self._bad: dict[tuple[str, str], Tensor] = {}
+
+    REMEDY: ClassVar[str] = "lower the learning rates, or gamma and tau"
 
     def check(self) -> None:
         """Raises ValueError if anything was not finite since it was last asked; waits for the device."""
         bad, self._bad = self._bad, {}
-        for what, flag in bad.items():
+        for (what, remedy), flag in bad.items():
             if bool(flag):
-                raise ValueError(f"{what} is not finite: lower the learning rates, or gamma and tau; the step was skipped")
+                raise ValueError(f"{what} is not finite: {remedy}; the step was skipped")
 
     def _descend(
         self, name: str, loss: Tensor | Iterable[Tensor], clip: float | None, average: Average | None, where: str = ""
     ) -> Tensor:
-        """A step of one optimiser on a loss, or on a sum whose terms come one by one; the norm of the gradient, unclipped."""
+        """A step of one optimiser on a loss, or on a sum whose terms come one by one; the norm of the gradient, unclipped.
+
+        Raises:
+            ValueError: For a loss that does not depend on any parameter.
+        """
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         for part in [loss] if isinstance(loss, Tensor) else loss:
+            if not part.requires_grad:
+                raise ValueError(
+                    f"`{name}` does not depend on its parameters through autograd: leave out detach() and no_grad()"
+                )
             part.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if average is not None:
@@ -58,11 +69,11 @@ class Descent(nn.Module):
         optimizer.zero_grad(set_to_none=True)
         return norm.detach()
 
-    def _look(self, value: Tensor, what: str, average: Average | None = None) -> None:
+    def _look(self, value: Tensor, what: str, average: Average | None = None, remedy: str = REMEDY) -> None:
         """Raises at once where looking is free and all processes see the same, else takes a note for `check`."""
-        good = value.detach().isfinite().all()
+        good, key = value.detach().isfinite().all(), (what, remedy)
         if good.device.type != "cpu" or average is not None:
-            self._bad[what] = self._bad[what] | ~good if what in self._bad else ~good
+            self._bad[key] = self._bad[key] | ~good if key in self._bad else ~good
         elif not bool(good):
             self._bad.clear()
-            raise ValueError(f"{what} is not finite (iteration {self.iterations}): lower the learning rates, or gamma and tau")
+            raise ValueError(f"{what} is not finite (iteration {self.iterations}): {remedy}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..noise import Draws, Noise
 from .policy import Rollout
 
-__all__ = ["Pairs", "checked", "gathered", "keyed", "shared_uniforms", "shuffled", "unseeded"]
+__all__ = ["Pairs", "checked", "gathered", "keyed", "same_dtype", "shared_uniforms", "shuffled", "unseeded"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,19 @@ def checked(cond: Mapping[str, Tensor] | None, n: int) -> dict[str, Tensor]:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"condition `{name}` must have a first axis of {n}, one row for each example (got {got})")
     return dict(cond or {})
+
+
+@contextlib.contextmanager
+def same_dtype(x0: Tensor, module: nn.Module) -> Iterator[None]:
+    """Names the dtype of data, where that is why torch refuses to work with a module's parameters.
+
+    Raises:
+        ValueError: In place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x0.dtype)
+        if own == x0.dtype:
+            raise
+        raise ValueError(f"`x0` is {x0.dtype} and the policy {own}: cast one of them, as by x0.to({own}) ({error})") from error

@@ -14,6 +14,7 @@ References:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from ..transition import Ancestral, Transition
 from .tuned import TRAINED, Trained, Tuned
 
 __all__ = ["TRAINED", "Policy", "Rollout"]
+
+CLIPPED = "`transition` clips the estimate of x0: where it does, no gradient reaches the network; tune without clip"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class Policy(nn.Module):
     Raises:
         ValueError: As `Tuned`.
 
+    Warns:
+        For a transition that clips the estimate of x0: steps are as good as ever, but where it clips no gradient reaches the
+        network. `load_policy` does not say so.
+
     Example:
         >>> from quieten.oracle import GaussianData
         >>> from quieten.schedule import karras
@@ -97,6 +104,8 @@ class Policy(nn.Module):
         super().__init__()
         self.denoiser, self.shape = denoiser, denoiser.shape if shape is None else tuple(shape)
         inner = Ancestral(spread=False) if transition is None else transition
+        if getattr(inner, "clip", None) is not None:
+            warnings.warn(CLIPPED, stacklevel=2)
         options = {"last_std": last_std, "shape": self.shape, "dtype": _dtype(denoiser), **options}
         self.transition = Tuned(inner, denoiser.process, grid, std, trained, **options)
         self.transition.to(denoiser.device)
@@ -129,8 +138,13 @@ class Policy(nn.Module):
         return self.denoiser.process.prior(self.transition.lams[0]).sample(noise)
 
     def step(self, x: Tensor, k: int | Tensor, **cond: Any) -> Gaussian:
-        """p(x_{k+1} | x_k) for states x (B, *) of step k, or of one step for each row, int64 (B,)."""
+        """p(x_{k+1} | x_k) for states x (B, *) of step k, or of one step for each row, int64 (B,).
+
+        Raises:
+            ValueError: For a step outside 0..T - 1.
+        """
         if isinstance(k, Tensor) and not self.transition.takes_rows:
+            self.transition.levels(k)  # refuses steps that there are not
             return self._step_by_step(x, k, cond)
         p: Gaussian = self.transition.at(self.denoiser.bind(**cond), x, k).p
         return p

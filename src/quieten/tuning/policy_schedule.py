@@ -123,7 +123,7 @@ def fastdpm(
         steps: Its length.
 
     Raises:
-        ValueError: For T below 1, or an unknown kind.
+        ValueError: For T below 1, an unknown kind, or a chain or share out of range.
 
     Example:
         >>> chain = fastdpm(10)
@@ -134,6 +134,10 @@ def fastdpm(
         raise ValueError(f"`T` must be a whole number of at least 1 (got {T!r})")
     if kind not in ("quadratic", "linear"):
         raise ValueError(f"`kind` must be 'quadratic' or 'linear' (got {kind!r})")
+    if not 0.0 <= kappa <= 1.0:
+        raise ValueError(f"`kappa` must lie in [0, 1] (got {kappa})")
+    if not (0.0 < betas[0] < betas[1] < 1.0 and steps >= 2):
+        raise ValueError(f"`betas` must rise within (0, 1), over at least 2 `steps` (got {betas}, {steps})")
     low, wanted = betas[0], float(torch.log1p(-torch.linspace(*betas, steps, dtype=torch.float64)).sum())
     i = torch.arange(T, dtype=torch.float64)
 

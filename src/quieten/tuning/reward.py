@@ -113,6 +113,8 @@ class RewardTuning(MaxEntIRL):
         ValueError: As `MaxEntIRL`; or if a reward without gradient meets a value that says nothing of samples.
     """
 
+    COST = "reward"
+
     def __init__(
         self,
         policy: Policy,

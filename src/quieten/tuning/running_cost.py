@@ -30,22 +30,29 @@ KINDS = ("brownian", "rescale", "forward")
 """Auxiliary kernels: the paper's a = 1; a = sqrt(1 - s^2) as in older official code; the backbone's own forward process."""
 
 
-def running_cost(x: Tensor, x_next: Tensor, s2: Tensor, kind: str = "brownian", reduction: Reduction = "mean") -> Tensor:
+def running_cost(
+    x: Tensor, x_next: Tensor, s2: Tensor | float, kind: str = "brownian", reduction: Reduction = "mean"
+) -> Tensor:
     r"""|a x_{k+1} - x_k|^2 / (2 s^2) of drawn states: (B,).
 
     Arguments:
         x: States x_k (B, *).
         x_next: States x_{k+1} (B, *).
-        s2: Variance of the auxiliary kernel, () or (B,).
+        s2: Variance of the auxiliary kernel: a number, () or (B,). Numbers on another device than the CPU are not looked at.
         kind: "brownian" (a = 1) or "rescale" (a = sqrt(1 - s^2)).
         reduction: Mean or sum over dimensions.
+
+    Raises:
+        ValueError: For a variance that is not positive, or an unknown kind or reduction.
     """
+    s2 = _variance(s2, x)
+    _check_reduction(reduction)
     a = _factor(kind, s2)
     moved = x_next - x if a is None else spread_over(a, x) * x_next - x
     return _reduced(moved.square(), reduction) / (2.0 * s2)
 
 
-def expected_cost(x: Tensor, p: Gaussian, s2: Tensor, kind: str = "brownian", reduction: Reduction = "mean") -> Tensor:
+def expected_cost(x: Tensor, p: Gaussian, s2: Tensor | float, kind: str = "brownian", reduction: Reduction = "mean") -> Tensor:
     """The mean of `running_cost` over x_{k+1} ~ p, exactly: (B,). The official `_no_var` forms.
 
     Arguments:
@@ -54,7 +61,12 @@ def expected_cost(x: Tensor, p: Gaussian, s2: Tensor, kind: str = "brownian", re
         s2: As in `running_cost`.
         kind: As in `running_cost`.
         reduction: As in `running_cost`.
+
+    Raises:
+        ValueError: As `running_cost`.
     """
+    s2 = _variance(s2, x)
+    _check_reduction(reduction)
     return _expected(x, p, s2, _factor(kind, s2), reduction)
 
 
@@ -74,7 +86,7 @@ def time_costs(
         compat: "official" rounds T/2 down.
 
     Raises:
-        ValueError: For T below 1, an unknown kind, or a negative scale.
+        ValueError: For T below 1, an unknown kind or `compat`, or a negative scale.
 
     Example:
         >>> round(sum(time_costs(10)), 7)
@@ -84,6 +96,8 @@ def time_costs(
         raise ValueError(f"`T` must be at least 1 (got {T})")
     if kind not in ("sigmoid", "linear", None):
         raise ValueError(f"`time_cost` must be 'sigmoid', 'linear' or None (got {kind!r})")
+    if compat not in ("official", None):
+        raise ValueError(f"`compat` must be 'official' or None (got {compat!r})")
     scale = (0.05 if kind == "linear" else 1.0) if scale is None else scale
     if not (scale >= 0 and math.isfinite(scale)):
         raise ValueError(f"`time_cost_scale` must not be negative (got {scale}): 0 is no time cost")
@@ -123,8 +137,7 @@ class Auxiliary(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"`cost` must be one of {', '.join(KINDS)} (got {kind!r})")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"`reduction` must be 'mean' (official code) or 'sum' (paper) (got {reduction!r})")
+        _check_reduction(reduction)
         self.kind, self.reduction = kind, reduction
         lams, process = policy.grid.tolist(), policy.denoiser.process
         scales = [process.scales(lam) for lam in lams]
@@ -182,6 +195,19 @@ class Auxiliary(nn.Module):
         return f"kind={self.kind}, reduction={self.reduction}"
 
 
+def _variance(s2: Tensor | float, x: Tensor) -> Tensor:
+    """A variance as a tensor, checked where a look does not wait for a device."""
+    seen = not isinstance(s2, Tensor) or s2.device.type == "cpu"
+    if seen and not bool(torch.as_tensor(s2, dtype=torch.float64).gt(0.0).all()):
+        raise ValueError(f"`s2` must be positive everywhere (got {s2.tolist() if isinstance(s2, Tensor) else s2})")
+    return s2 if isinstance(s2, Tensor) else x.new_tensor(s2)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` must be 'mean' (official code) or 'sum' (paper) (got {reduction!r})")
+
+
 def _factor(kind: str, s2: Tensor) -> Tensor | None:
     """a of the auxiliary kernel; None for 1."""
     if kind == "brownian":
@@ -200,7 +226,7 @@ def _expected(x: Tensor, p: Gaussian, s2: Tensor, a: Tensor | None, reduction: R
 
 
 def _reduced(terms: Tensor, reduction: Reduction) -> Tensor:
-    rows = terms.flatten(1)
+    rows = terms.flatten(1) if terms.ndim > 1 else terms[:, None]
     return rows.mean(1) if reduction == "mean" else rows.sum(1)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +20,7 @@ from ..denoiser import Denoiser
 from ..files import named_file, write_atomic, writing
 from ..transition import Ancestral, Transition
 from . import adapters
-from .policy import Policy
+from .policy import CLIPPED, Policy
 from .policy_schedule import Consistency
 
 __all__ = ["load_policy", "policy_names", "save_policy"]
@@ -133,17 +135,19 @@ def load_policy(
     else:
         own = net.state_dict()
         restore(net, {key: t.to(own[key].dtype) if key in own else t for key, t in weights.items()}, file)
-    policy = Policy(
-        denoiser,
-        tensors["grid"],
-        _built(known["transition"], file) if transition is None else transition,
-        std="kernel" if known["from_kernel"] else tensors["start"].exp(),
-        trained=known["trained"],
-        last_std=known["last_std"],
-        shape=None if known["shape"] is None else tuple(known["shape"]),
-        mean_map=mean_map,
-        adhoc_scale1=known["adhoc_scale1"],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", re.escape(CLIPPED))  # that is for who goes on to tune it
+        policy = Policy(
+            denoiser,
+            tensors["grid"],
+            _built(known["transition"], file) if transition is None else transition,
+            std="kernel" if known["from_kernel"] else tensors["start"].exp(),
+            trained=known["trained"],
+            last_std=known["last_std"],
+            shape=None if known["shape"] is None else tuple(known["shape"]),
+            mean_map=mean_map,
+            adhoc_scale1=known["adhoc_scale1"],
+        )
     with torch.no_grad():
         policy.transition.log_std.copy_(tensors["log_std"])
         policy.transition.start.copy_(tensors["start"])

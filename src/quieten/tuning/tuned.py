@@ -176,11 +176,17 @@ class Tuned(Transition):
         return near[0]
 
     def levels(self, k: int | Tensor, device: torch.device | None = None) -> tuple[Level, Level]:
-        """(lam_t, lam_s) of step k: floats for an int, tensors (B,) for int64 (B,)."""
+        """(lam_t, lam_s) of step k: floats for an int, tensors (B,) for int64 (B,).
+
+        Raises:
+            ValueError: For a step that there is not; on other devices than the CPU torch says so.
+        """
         if isinstance(k, int):
             if not 0 <= k < self.T:
                 raise ValueError(f"`k` must lie in 0..{self.T - 1} (got {k})")
             return self.lams[k], self.lams[k + 1]
+        if k.device.type == "cpu" and k.numel() and not 0 <= int(k.min()) <= int(k.max()) < self.T:
+            raise ValueError(f"`k` must lie in 0..{self.T - 1} (got {k.tolist()})")
         grid = self._grid(k.device if device is None else device)
         return grid[k], grid[k + 1]
 
