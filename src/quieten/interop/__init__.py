@@ -7,8 +7,12 @@ from typing import Any
 from .diffusers import Pretrained, from_diffusers
 from .export import to_diffusers
 from .kicks import check_keeps_kicks, kick_callback
+from .policies import scheduled_policy
 
-__all__ = ["Pretrained", "SplittingScheduler", "check_keeps_kicks", "from_diffusers", "kick_callback", "to_diffusers"]
+__all__ = [
+    "Pretrained", "SplittingScheduler", "check_keeps_kicks", "from_diffusers", "kick_callback", "scheduled_policy",
+    "to_diffusers",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
