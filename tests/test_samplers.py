@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers import refuses
 from quieten import VP, Ancestral, Counted, GaussianData, Noise, Transition, karras
 from quieten.sampling import generate, sample
-from quieten.solvers.samplers import SAMPLERS, sampler
+from quieten.solvers.samplers import SAMPLERS, clipped, sampler
 from quieten.training.config import build_sampler, parse_recipe, with_overrides
 from quieten.training.parts import PARTS, register
 from toy import BASE
@@ -124,3 +124,21 @@ def test_a_transition_registered_elsewhere_is_a_sampler(monkeypatch: pytest.Monk
     assert (transition.eta, transition.spread) == (0.5, False)
     assert torch.equal(grid, karras(3))
     assert with_overrides(parse_recipe(BASE, "toy"), ["sample.transition=half"]).sample.transition.kind == "half"
+
+
+@pytest.mark.parametrize("name", ["ddim", "ocm-ddim"])
+def test_the_noise_may_be_kept_where_the_estimate_is_clipped(name):
+    """OCM's and diffusers' DDIM: mean = alpha_s clip(m) + (sigma_s / sigma_t) (x - alpha_t m)."""
+    data = GaussianData(torch.tensor([3.0, -2.0], dtype=torch.float64), torch.tensor([0.5, 0.1], dtype=torch.float64), VP)
+    x = torch.tensor([[1.0, -1.0], [0.2, 0.4]], dtype=torch.float64)
+    grid = torch.tensor([-2.0, 0.0, math.inf], dtype=torch.float64)
+    kept, _ = sampler(name, grid, keep_eps=True)
+    again, _ = sampler(name, grid)
+    m = data(x, -2.0).mean
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = VP.scales(-2.0), VP.scales(0.0)
+    wanted = alpha_s * m.clamp(-1, 1) + sigma_s / sigma_t * (x - alpha_t * m)
+    found = kept(clipped(data, kept, 1.0), x, -2.0, 0.0).p.mean
+    other = again(clipped(data, again, 1.0), x, -2.0, 0.0).p.mean
+    assert (found - wanted).abs().max() < 1e-12
+    assert (other - wanted).abs().max() > 0.1
+    assert clipped(data, kept, None) is data

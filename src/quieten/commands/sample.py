@@ -25,13 +25,13 @@ from ..guiding.splits import SPLITS, split
 from ..likelihoods.widened import Widened
 from ..progress import Progress
 from ..sampling import generate
-from ..solvers.samplers import SAMPLERS, sampler
+from ..solvers.samplers import SAMPLERS, clipped, sampler
 from ..training.source import Source, open_source
 from ..transition import Transition
 from ..tuning.adapters import merge
 from ..tuning.policy import Policy
 from ..tuning.stored import load_policy
-from ..wrap import Clipped, Counted, Extrapolated, WithCovariance
+from ..wrap import Clip, Clipped, Counted, Extrapolated, WithCovariance
 from .guide import Guide, chosen, open_guide
 
 __all__ = ["sample"]
@@ -263,7 +263,8 @@ def _plan(
         transition = build(free)
         return lambda rows: (_clipped(source, clip, counted), transition)
     if guide is None:
-        model, transition = _clipped(source, clip, _guided(source, counted, scale, cond)), build(None)
+        transition = build(None)
+        model = clipped(_guided(source, counted, scale, cond), transition, _bound(source, clip))
         return lambda rows: (model, transition)
     plain = _clipped(source, clip, counted)  # the network's own estimate is clipped, the guided state is not
 
@@ -297,8 +298,12 @@ def _guided(source: Source, model: Denoiser, scale: float, cond: Mapping[str, An
     return Extrapolated(model, scale, null=source.null)
 
 
+def _bound(source: Source, wanted: bool | None) -> Clip | None:
+    return source.clip if wanted is None else (source.clip or 1.0) if wanted else None
+
+
 def _clipped(source: Source, wanted: bool | None, model: Denoiser) -> Denoiser:
-    how = source.clip if wanted is None else (source.clip or 1.0) if wanted else None
+    how = _bound(source, wanted)
     return model if how is None else Clipped(model, how)
 
 

@@ -35,7 +35,7 @@ from ..oracle import GaussianData
 from ..sampling import generate, sample
 from ..schedule import Table
 from ..solvers.adaptive import RK45
-from ..solvers.samplers import SAMPLERS, sampler
+from ..solvers.samplers import SAMPLERS, clipped, sampler
 from ..training.source import Source
 from ..transition import Hushed, Transition
 from ..tuning.adapters import merge
@@ -215,7 +215,7 @@ class Entrant:
         typed += [f"--option={k}={v}" for k, v in told.items()]
         typed += [] if self.spacing is None else ["--grid", self.spacing]
         typed += [] if self.clip is None else ["--clip" if self.clip else "--no-clip"]
-        model = self.model(self.counted, variance)
+        model = clipped(self.model(self.counted, variance, clipped=False), transition, self.bound).eval()
         return self._drawing(name, steps, self.counted, model, transition, grid, "mean", facts, typed)
 
     def _tuned(self, name: str) -> Contender:

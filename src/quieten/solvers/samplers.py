@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from ..covariances.lanczos import Lanczos
+from ..denoiser import Denoiser
 from ..schedule import LinearBeta, churned, corrected
 from ..solver import RK2, RK4, AdamsBashforth, Exponential, Heun
 from ..transition import Ancestral, Churn, Hushed, Langevin, Transition
+from ..wrap import Clip, Clipped
 from .adaptive import RK45
 from .dpm import Singlestep, UniPC
 from .plms import PLMS, PNDM
 from .sde import EulerMaruyama
 
-__all__ = ["SAMPLERS", "Sampler", "churn", "ends", "euler_maruyama", "predictor_corrector", "sampler"]
+__all__ = ["SAMPLERS", "Sampler", "churn", "clipped", "ends", "euler_maruyama", "predictor_corrector", "sampler"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ def ends(grid: Tensor) -> Tensor:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(partial(Ancestral, eta=0.0, spread=False), "deterministic, 1 evaluation a step"),
+    "ddim": Sampler(
+        partial(Ancestral, eta=0.0, spread=False),
+        "deterministic, 1 evaluation a step; keep_eps=true clips x0 as diffusers does",
+    ),
     "ddpm": Sampler(partial(Ancestral, eta=1.0, spread=False), "ancestral noise, small variance"),
     "ancestral": Sampler(Ancestral, "ancestral noise, with the variance that the denoiser reports"),
     "ocm": Sampler(
@@ -135,3 +140,16 @@ def sampler(name: str, grid: Tensor, **options: Any) -> tuple[Transition, Tensor
         return transition, grid
     grid = SAMPLERS[name].regrid(grid)
     return SAMPLERS[name].around(transition, grid), grid
+
+
+def clipped(model: Denoiser, transition: Transition, how: Clip | None) -> Denoiser:
+    """A denoiser whose estimate of x0 is bounded as `how` says, or as it is for None, for the steps of a transition.
+
+    Samplers then read the noise from the bounded estimate. `Ancestral(keep_eps=True)` wants it from the one before, so there it
+    is the step that is told to clip, unless it has a bound of its own.
+    """
+    step = transition.inner if isinstance(transition, Hushed) else transition
+    if how is None or not (isinstance(step, Ancestral) and step.keep_eps):
+        return model if how is None else Clipped(model, how)
+    step.clip = how if step.clip is None else step.clip
+    return model
