@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from quieten.denoiser import Denoiser
 from quieten.gaussian import Gaussian
 from quieten.guidance import Gradient, Guided, Likelihood
 from quieten.guiding.kick import EulerKick, Force, MultistepKick, Span, StagedKick, SubCycled
+from quieten.guiding.quadratic import ExactKick, ImplicitKick, Quadratic
 from quieten.guiding.splits import SPLITS, split
 from quieten.noise import Noise
 from quieten.oracle import GaussianData
@@ -29,7 +31,7 @@ from quieten.split import Projected, Split
 from quieten.transition import Ancestral, Langevin
 from quieten.wrap import Counted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:the guidance is stiff")]
 INF = math.inf
 
 
@@ -445,7 +447,6 @@ def test_sub_cycling_keeps_what_euler_loses():
     assert kept.abs().max() < 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:the guidance is stiff")
 @pytest.mark.parametrize("limit, most", [(1.0, 16), (2.0, 16), (0.7, 3), (1.0, 1)])
 def test_no_kick_amplifies_what_it_should_damp(limit, most):
     """However stiff: Euler's own factor where there are parts enough, and never above 1 in size where there are not."""
@@ -471,6 +472,54 @@ def test_stiffness_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample(Still(), STARTS, grid, Split(stiff(rate / 10), kick=SubCycled(limit=2.0, most=1)))
+
+
+STIFF = "the guidance is stiff: .h. L passes .*: take more steps, lower its scale, divide its kicks .SubCycled"
+
+
+def told(run) -> list[str]:
+    """The warnings of a run, each as often as it came."""
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in got]
+
+
+@pytest.mark.parametrize("name", [*SEQUENCES, "ancestral-split"])
+def test_every_split_says_where_it_is_unstable(name):
+    """g = -w x in VP, for which |h| L is about w / 2 in the first of ten steps: once in a run, and not where it is stable."""
+    data, noise, asked = GaussianData(torch.zeros(2, dtype=torch.float64), 1.0, VP), Noise(0, range(32)), [0]
+
+    def slope(x: Tensor, lam: float) -> Tensor:
+        asked[0] += 1
+        return -x
+
+    counts = []
+    for w, times in ((0.5, 0), (40.0, 1)):
+        asked[0], stepper = 0, split(name, Gradient(slope, w))
+        messages = told(lambda stepper=stepper: sample(data, STARTS, karras(10), stepper, noise=noise))
+        assert len(messages) == times if name != "ancestral-split" else bool(messages) == bool(times)
+        assert all(re.match(STIFF, message) and not re.search(r"\d\d", message) for message in messages)
+        counts.append(asked[0])
+    assert counts[0] == counts[1]  # nothing is asked for the estimate
+
+
+def test_no_guidance_and_kicks_that_cannot_be_unstable_are_not_warned_of():
+    data, g = GaussianData(torch.zeros(2, dtype=torch.float64), 1.0, VP), Gradient(lambda x, lam: -x, 40.0)
+    near = Quadratic(torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), std=1e-3)
+    for stepper in (Split(g, kick=SubCycled(most=64)), Split(near, kick=ExactKick()), Split(near, kick=ImplicitKick())):
+        assert not told(lambda stepper=stepper: sample(data, 50 * STARTS, karras(10), stepper))
+    assert not told(lambda: sample(toy(VP), 50 * STARTS, karras(10), Split(class_guidance(VP, 0.0))))
+
+
+def test_an_example_is_warned_of_whatever_its_batch():
+    data, x = GaussianData(torch.zeros(2, dtype=torch.float64), 1.0, VP), STARTS.clone()
+    for rate in (
+        torch.zeros(32, 1, dtype=torch.float64),
+        torch.zeros(32, 1, dtype=torch.float64).index_fill(0, torch.tensor(5), 40.0),
+    ):
+        g = Gradient(lambda x, lam, rate=rate: -rate * x)
+        assert len(told(lambda g=g: sample(data, x, karras(10), Split(g)))) == int(rate.max() > 0)
 
 
 # ---- names and refusals

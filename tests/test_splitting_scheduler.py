@@ -118,6 +118,20 @@ def test_missing_first_kicks_are_told():
             assert missed > 1e-4, name
 
 
+@pytest.mark.parametrize("name", ["strang", "strang_merged", "heun", "lie", "additive"])
+def test_stiff_guidance_is_told_once_a_run(name):
+    scheduler = SplittingScheduler(splitting=name)
+    for w, times in ((0.1, 0), (40.0, 1), (40.0, 1)):
+        scheduler.set_guidance(lambda x, t, w=w: -w * x)
+        scheduler.set_timesteps(10)
+        with warnings.catch_warnings(record=True) as got:
+            warnings.simplefilter("always")
+            x = scheduler.initial_kick(STARTS) if name.startswith("strang") or name == "lie" else STARTS
+            for t in scheduler.timesteps:
+                x = scheduler.step(0.3 * x, t, x).prev_sample
+        assert [str(w.message)[:30] for w in got] == ["the guidance is stiff: |h| L p"] * times
+
+
 def test_without_guidance_it_is_the_plain_solver():
     for name in CASES:
         scheduler = SplittingScheduler(**CASES[name])

@@ -14,12 +14,12 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .gaussian import Gaussian
 from .guidance import Guidance
-from .guiding.kick import EulerKick, Force, Kick, MultistepKick, Span
+from .guiding.kick import EulerKick, Force, Kick, MultistepKick, Seen, Span
 from .process import Level
 from .solver import AdamsBashforth
 from .transition import Step, Transition
 
-__all__ = ["SCHEMES", "Memory", "Projected", "Split"]
+__all__ = ["SCHEMES", "Memory", "Projected", "Split", "settled"]
 
 
 class Memory(NamedTuple):
@@ -29,11 +29,13 @@ class Memory(NamedTuple):
         steps: Taken so far.
         flow: Of the denoiser's solver.
         kick: Of the guidance's.
+        seen: The last gradient, where it may have to tell how stiff the guidance is; None once that was told.
     """
 
     steps: int = 0
     flow: Any = None
     kick: Any = None
+    seen: tuple[Seen, ...] | None = ()
 
 
 class Move(NamedTuple):
@@ -53,9 +55,12 @@ class Scheme(ABC):
 
     Attributes:
         early: Whether the denoiser sees a state that was kicked in this step.
+        lone: Whether a step asks for one gradient, so that there are two to compare only with that of the step before.
+        limit: The |h| L up to which it is stable; see the table of `Split`.
     """
 
-    early = False
+    early = lone = False
+    limit: float = math.inf
 
     @abstractmethod
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
@@ -80,8 +85,10 @@ class Scheme(ABC):
 class Lie(Scheme):
     """One kick over the whole step: "BA" before the denoiser's move, "AB" after it."""
 
+    lone = True
+
     def __init__(self, kick: Kick, order: str):
-        self.kick, self.early = kick, order == "BA"
+        self.kick, self.early, self.limit = kick, order == "BA", kick.limit
 
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
         if self.early:
@@ -98,7 +105,7 @@ class Strang(Scheme):
     early = True
 
     def __init__(self, kick: Kick, second_coef: str):
-        self.kick, self.midpoint = kick, second_coef == "midpoint"
+        self.kick, self.midpoint, self.limit = kick, second_coef == "midpoint", 2.0 * kick.limit
 
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
         x, held = self.kick(force, x, move.lam_t, move.span.halves()[0], held)
@@ -116,7 +123,8 @@ class Strang(Scheme):
 class Merged(Scheme):
     """Strang's halves at the same level as one kick: the gradient after a move serves the kick before the next one too."""
 
-    early = True
+    early = lone = True
+    limit = 2.0
 
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
         g = force.gradient(x, move.lam_t) if held is None else held
@@ -136,7 +144,7 @@ class HeunKick(Scheme):
     """
 
     def __init__(self, pec: bool):
-        self.pec = pec
+        self.pec, self.lone, self.limit = pec, pec, 1.0 if pec else 2.0
 
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
         if held is not None:
@@ -159,8 +167,10 @@ class HeunKick(Scheme):
 class Additive(Scheme):
     """Both operators at the same state, each with its own Adams-Bashforth: for gradients that share the denoiser's pass."""
 
+    lone = True
+
     def __init__(self, kick: MultistepKick):
-        self.kick = kick
+        self.kick, self.limit = kick, kick.limit
 
     def before(self, force: Force, x: Tensor, move: Move, held: Any) -> tuple[Tensor, Denoiser, Any]:
         p, g = force.both(x, move.lam_t)
@@ -180,6 +190,24 @@ class _FromNoise(Scheme):
         if move.sigma_s == 0.0:
             return x, None
         return torch.add(x, force.gradient(x, move.lam_s), alpha=move.sigma_s**2), None
+
+
+GROWN = 3.0
+"""A state is large when an example's root mean square passes so many times that of data of variance 1."""
+
+
+def settled(around: Scheme, force: Force, x_s: Tensor, move: Move) -> tuple[Seen, ...] | None:
+    """Looks at the state after a step: whether it is finite, and, only if it is large, whether the guidance is too stiff.
+
+    The latter takes passes over memory, which runs that go well need not pay for.
+
+    Returns:
+        What the next step should be given as `Memory.seen`.
+    """
+    large = force.settle(x_s) > GROWN * math.hypot(move.alpha_s, move.sigma_s)
+    if force.seen is None or (large and math.isfinite(move.span.length) and force.watch(move.span.length, around.limit)):
+        return None
+    return tuple(force.seen[-1:]) if large or around.lone else ()
 
 
 class _Known(Denoiser):
@@ -273,19 +301,19 @@ class Split(Transition):
         if lam_s == lam_t:
             return Step(Gaussian(x_t), memory=memory)
         around, force, move = self.parts(denoiser, lam_t, lam_s, memory.steps)
-        force = replace(force, unseen=[])
+        force = replace(force, unseen=[], seen=None if memory.seen is None else list(memory.seen))
         x, model, carried = around.before(force, x_t, move, memory.kick)
         step = self.flow(model, x, lam_t, lam_s, memory.flow)
         del x, model  # the kicked state's memory is free for the kicks to come
 
-        def after(drawn: Tensor) -> tuple[Tensor, Any]:
+        def after(drawn: Tensor) -> tuple[Tensor, Any, Any]:
             drawn = drawn if step.then is None else step.then(drawn)
             x_s, held = around.after(force, drawn, move, carried)
-            return force.settle(x_s), held
+            return x_s, held, settled(around, force, x_s, move)
 
         if isinstance(step.p, Gaussian) and step.p.is_point:
-            x_s, held = after(step.p.mean)
-            return Step(Gaussian(x_s), step.x0, Memory(memory.steps + 1, step.memory, held))
+            x_s, held, seen = after(step.p.mean)
+            return Step(Gaussian(x_s), step.x0, Memory(memory.steps + 1, step.memory, held, seen))
         if self.flow.eta is None and lam_s > lam_t:
             raise ValueError(f"`flow`={type(self.flow).__name__} is random, but which share of the ancestral noise it has is "
                              "unknown, and with it how strong kicks are: give it an `eta`, or use Ancestral()")  # fmt: skip

@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,11 @@ from ..guidance import Guidance
 from ..process import Process
 from ..solver import RK2, RungeKutta, adams_bashforth_weights
 
-__all__ = ["EulerKick", "Force", "Kick", "MultistepKick", "Span", "StagedKick", "SubCycled"]
+__all__ = ["EulerKick", "Force", "Kick", "MultistepKick", "Seen", "Span", "StagedKick", "SubCycled"]
+
+
+Seen = tuple[Tensor, float, Tensor]
+"""A state (B, *), its level, and the gradient there."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Force:
         strength: Factor on g: above 1 around random moves, whose noise makes room for more drift.
         unseen: Where gradients wait for `settle` to look whether they are finite, with their states and levels; None looks at
             each at once.
+        seen: Where the last gradients are kept, newest last, with their states and levels, for `watch`; None keeps none.
     """
 
     guidance: Guidance
@@ -41,6 +47,7 @@ class Force:
     index: int = 0
     strength: float = 1.0
     unseen: list[tuple[Tensor, Tensor, float]] | None = None
+    seen: list[Seen] | None = None
 
     @property
     def process(self) -> Process:
@@ -57,21 +64,50 @@ class Force:
             raise ValueError(f"in step {self.index}: {error}") from error
         if wait and self.unseen is not None:
             self.unseen.append((g, x, lam))
-        return self._scaled(g)
+        return self._scaled(g, x, lam)
 
-    def settle(self, x: Tensor) -> Tensor:
-        """The state that the gradients led to, after one look at it instead of one at each: it holds their NaN or infinity.
+    def settle(self, x: Tensor) -> float:
+        """The largest root mean square of an example of the state (B, *) that the gradients led to.
+
+        One look at it, instead of one at each gradient: it holds their NaN or infinity.
 
         Raises:
             ValueError: If it is not finite, and the first gradient that is not is to blame.
         """
-        if self.unseen and not bool(x.sum().isfinite()):
-            for g, at, lam in self.unseen:
+        if not x.numel():
+            return 0.0
+        size = float(torch.linalg.vector_norm(x.detach().reshape(len(x), -1), dim=1).max()) / math.sqrt(x[0].numel())
+        if not math.isfinite(size):
+            for g, at, lam in self.unseen or ():
                 try:
                     self.guidance.checked(g, at, lam)
                 except ValueError as error:
                     raise ValueError(f"in step {self.index}: {error}") from error
-        return x
+        return size
+
+    def watch(self, length: float, limit: float) -> bool:
+        """Whether |h| L of the gradients kept passes a limit for an example; warns if so. Several passes over memory.
+
+        L is estimated as |B' - B| / |xbar' - xbar| between each gradient and the next.
+
+        Arguments:
+            length: h, of the step in sbar.
+            limit: Where the scheme becomes unstable.
+        """
+        points = []
+        for x, lam, g in self.seen or ():
+            alpha, sigma = self.process.scales(lam)
+            points.append(((x / alpha).reshape(len(x), -1), (g * -sigma).reshape(len(x), -1)))
+        for (y, slope), (next_y, next_slope) in pairwise(points):
+            if bool((abs(length) * (next_slope - slope).norm(dim=1) > limit * (next_y - y).norm(dim=1)).any()):
+                warnings.warn(  # without the figures, so that a run warns once
+                    f"the guidance is stiff: |h| L passes {limit:g}, where its kicks become unstable: take more steps, lower "
+                    "its scale, divide its kicks (SubCycled, 'subcycled' by name), or solve them where it is quadratic "
+                    "(ExactKick, ImplicitKick)",
+                    stacklevel=5,  # of who called the step
+                )
+                return True
+        return False
 
     def both(self, x: Tensor, lam: float) -> tuple[Gaussian, Tensor]:
         """The denoiser's Gaussian and g, from one pass where one is enough; its graph is not cut, which takes two."""
@@ -81,10 +117,14 @@ class Force:
             p, g = self.guidance.both(self.denoiser, x, lam)
         except ValueError as error:
             raise ValueError(f"in step {self.index}: {error}") from error
-        return p, self._scaled(g)
+        return p, self._scaled(g, x, lam)
 
-    def _scaled(self, g: Tensor) -> Tensor:
-        return g if self.strength == 1.0 else g * self.strength
+    def _scaled(self, g: Tensor, x: Tensor, lam: float) -> Tensor:
+        g = g if self.strength == 1.0 else g * self.strength
+        if self.seen is not None:
+            self.seen.append((x.detach(), lam, g.detach()))
+            del self.seen[:-3]  # of the step before, and this one's ends
+        return g
 
 
 class Span(NamedTuple):
@@ -114,7 +154,13 @@ class Span(NamedTuple):
 
 
 class Kick(nn.Module, ABC):
-    """The flow of the guidance alone over a span of sbar. Keeps no state: what it remembers travels in `memory`."""
+    """The flow of the guidance alone over a span of sbar. Keeps no state: what it remembers travels in `memory`.
+
+    Attributes:
+        limit: The |h| L up to which it is stable, for a slope of Lipschitz constant L; inf where it looks after that itself.
+    """
+
+    limit: float = math.inf
 
     @abstractmethod
     def forward(self, force: Force, x: Tensor, lam: float, span: Span, memory: Any = None) -> tuple[Tensor, Any]:
@@ -135,6 +181,8 @@ class EulerKick(Kick):
     At the data sigma is 0: nothing happens there, and nothing is asked.
     """
 
+    limit = 2.0
+
     def forward(self, force: Force, x: Tensor, lam: float, span: Span, memory: Any = None) -> tuple[Tensor, Any]:
         alpha, sigma = force.process.scales(lam)
         if sigma == 0.0:
@@ -153,6 +201,7 @@ class StagedKick(Kick):
         super().__init__()
         method = RK2(0.5) if method is None else method
         self.nodes, self.matrix, self.weights = method.nodes, method.matrix, method.weights
+        self.limit = 2.785 if len(self.weights) == 4 else 2.0
 
     def forward(self, force: Force, x: Tensor, lam: float, span: Span, memory: Any = None) -> tuple[Tensor, Any]:
         alpha, _ = force.process.scales(lam)
@@ -199,6 +248,7 @@ class MultistepKick(Kick):
         if coefficients not in ("variable", "constant"):
             raise ValueError(f"`coefficients` must be 'variable' or 'constant' (got {coefficients!r})")
         self.order, self.coefficients = order, coefficients
+        self.limit = (2.0, 1.0, 6.0 / 11.0, 0.3)[order - 1]
 
     def forward(self, force: Force, x: Tensor, lam: float, span: Span, memory: Any = None) -> tuple[Tensor, Any]:
         alpha, sigma = force.process.scales(lam)

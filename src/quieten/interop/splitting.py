@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from ..denoiser import Denoiser, convert
 from ..guidance import Gradient, Guidance
-from ..guiding.kick import MultistepKick
+from ..guiding.kick import MultistepKick, Seen
 from ..process import VP
 from ..schedule import Table
 from ..solver import AdamsBashforth
-from ..split import Split
+from ..split import Split, settled
 from ..wrap import Clip, clip, dynamic
 from .levels import FORMS, table
 from .outside import Answered, KickFn, NoNetwork, Outside, at_time, wide
@@ -127,6 +128,7 @@ class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._begin_index: int | None = None
         self._flow: Any = None
         self._carried: tuple[Any] | None = None
+        self._seen: tuple[Seen, ...] | None = ()
 
     # ---- guidance
 
@@ -244,7 +246,9 @@ class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         carried = self._pending(x, n, lam_t, lam_s)
         moved = self._split.flow(Answered(x0), x, lam_t, lam_s, self._flow)
         around, force, move = self._split.parts(self._no_network, lam_t, lam_s, n)
+        force = replace(force, seen=None if self._seen is None else list(self._seen))
         x, held = around.after(force, moved.p.mean, move, carried)
+        self._seen = settled(around, force, x, move)
         self._flow, self._step_index = moved.memory, n + 1
         if n + 2 < len(self._lams):
             x, _, carried = self._before(x, n + 1, held)
@@ -283,7 +287,10 @@ class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _before(self, x: Tensor, n: int, held: Any) -> tuple[Tensor, Denoiser, Any]:
         around, force, move = self._split.parts(self._no_network, *self._levels(n), n)
-        return around.before(force, x, move, held)
+        seen = None if self._seen is None else list(self._seen)
+        kicked = around.before(replace(force, seen=seen), x, move, held)
+        self._seen = None if seen is None else tuple(seen)
+        return kicked
 
     def _pending(self, x: Tensor, n: int, lam_t: float, lam_s: float) -> Any:
         """What the kick before this step left for the one after it."""
@@ -297,9 +304,9 @@ class SplittingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     "`initial_kick` was applied for another number of steps: call set_timesteps with this run's first"
                 )
             return carried
-        around, force, move = self._split.parts(self._no_network, lam_t, lam_s, n)
+        around, _, _ = self._split.parts(self._no_network, lam_t, lam_s, n)
         if not around.early:
-            return around.before(force, x, move, None)[2]
+            return self._before(x, n, None)[2]
         if self._guided:
             warnings.warn(
                 "the kick before the first step is missing: call latents = scheduler.initial_kick(latents) first, or use "
