@@ -107,7 +107,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("tau1", "tau2", "gamma", "time_cost_scale", "lr_policy", "lr_std", "lr_value", "lr_energy", "explore"):
-            self._need(name, lambda v: v >= 0 and math.isfinite(v), "not be negative")
+            self._need(name, lambda v: v >= 0 and math.isfinite(v), "be a number, not negative")
         for name in ("avr", "ema", "target_decay"):
             self._need(name, lambda v: 0 <= v < 1, "lie in [0, 1)")
         for name in ("policy_clip", "value_clip", "energy_clip", "anneal"):
