@@ -281,6 +281,21 @@ def test_random_moves_reach_the_guided_distribution(scheme, eta):
     assert abs(float(x.var()) / var - 1.0) < 4 * math.sqrt(2 / x.numel()) + 0.03
 
 
+@pytest.mark.parametrize("frugal, plain", [("strang_merged", "strang"), ("heun_pec", "heun")])
+def test_around_random_moves_no_gradient_serves_twice(frugal, plain):
+    ends, counts = [], []
+    for scheme in (frugal, plain):
+        log = Log()
+        ends.append(
+            sample(
+                log.denoiser, STARTS, to_data(10), Split(log.guidance, Ancestral(), scheme=scheme), noise=Noise(0, range(32))
+            )
+        )
+        counts.append(sum(kind == "grad" for kind, _, _ in log.calls))
+    assert counts == [19, 19]
+    within(1e-12, (ends[0] - ends[1]).abs().max(), frugal)
+
+
 def test_a_random_move_with_a_history_is_refused():
     with refuses("`flow`", "remembers", "order 1", "Ancestral()"):
         sample(toy(VP), STARTS, to_data(4), Split(class_guidance(VP), Exponential(2, eta=1.0)))

@@ -197,13 +197,8 @@ GROWN = 3.0
 
 
 def settled(around: Scheme, force: Force, x_s: Tensor, move: Move) -> tuple[Seen, ...] | None:
-    """Looks at the state after a step: whether it is finite, and, only if it is large, whether the guidance is too stiff.
-
-    The latter takes passes over memory, which runs that go well need not pay for.
-
-    Returns:
-        What the next step should be given as `Memory.seen`.
-    """
+    """Looks whether a step's end is finite, and, only if it is large, whether the guidance is too stiff: that takes passes over
+    memory, which runs that go well need not pay for. Returns the next step's `Memory.seen`."""
     large = force.settle(x_s) > GROWN * math.hypot(move.alpha_s, move.sigma_s)
     if force.seen is None or (large and math.isfinite(move.span.length) and force.watch(move.span.length, around.limit)):
         return None
@@ -232,7 +227,10 @@ class Split(Transition):
         \underbrace{- w \sigma \nabla_{x_t} \log p(y | x_t)}_B, \quad \bar x = x_t / \alpha,\ \bar\sigma = \sigma / \alpha
 
     The denoiser keeps a fast solver, the guidance gets a small and stable one. The default, half an Euler kick on either side
-    of a move with Adams-Bashforth weights of the actual grid ("robust Strang"), stays bounded at any scale we tried.
+    of a move with Adams-Bashforth weights of the actual grid ("robust Strang"), is stable while \|h\| L < 4, for a step h in
+    sigma / alpha and a guidance B of Lipschitz constant L. Beyond the limits of the table kicks amplify each other, unless the
+    gradient's size has a bound: where a state has grown beyond that of data, L is estimated from the gradients that were taken,
+    and a run that passes the limit warns, once.
 
     ============== ================= ======================== =====================================================
     scheme         network, gradient order, limit of h L      what it is
@@ -246,8 +244,9 @@ class Split(Transition):
     ============== ================= ======================== =====================================================
 
     With a random move (`Ancestral`), the kicks after it meet the drawn state, through `Step.then`, and all are stronger, up to
-    1 + eta^2 times, as the drift of the guided reverse process is; at w = 1 it draws from p(x0 | y). From pure noise
-    (alpha = 0, where sigma / alpha is infinite) the whole kick comes after the move, as sigma_s^2 g. As released are
+    1 + eta^2 times, as the drift of the guided reverse process is; at w = 1 it draws from p(x0 | y). No gradient at a drawn
+    state outlives its step: strang_merged is strang there and heun_pec is heun, with 2N gradients. From pure noise (alpha = 0,
+    where sigma / alpha is infinite) the whole kick comes after the move, as sigma_s^2 g. As released are
     `Split(g, AdamsBashforth(4, "constant"), scheme="lie")` and
     `Split(g, AdamsBashforth(4, "constant"), second_coef="midpoint")`.
 

@@ -91,7 +91,7 @@ def ancestral(guidance: Guidance, eta: float = 1.0, spread: bool = True) -> Spli
 
 
 SPLITS: dict[str, Splitting] = {
-    "strang": Splitting(strang, "half kicks around Adams-Bashforth on the actual grid: bounded at any scale", gradient=2),
+    "strang": Splitting(strang, "half kicks around Adams-Bashforth on the actual grid: the most stable", gradient=2),
     "merged": Splitting(merged, "the same with one gradient a step"),
     "lie": Splitting(lie, "network first, then one kick, on the actual grid"),
     "heun-kick": Splitting(heun, "second order in the guidance too, for smooth guidance", gradient=2),
