@@ -348,3 +348,39 @@ def test_check_grid_refuses_what_does_not_rise():
     for grid in ([1.0], [], [1.0, math.nan], [[1.0, 2.0]], 3.0):
         with refuses("`grid`", "at least 2", "Schedule.grid"):
             check_grid(grid)
+
+
+# ---- times at the border
+
+
+@schedules
+def test_one_number_is_a_time(schedule):
+    """A float is a tensor (): in float64, where none had been."""
+    u = f64(0.25)
+    assert torch.equal(schedule(0.25), schedule(u)[0])
+    assert torch.equal(schedule(u[0]), schedule(u)[0])
+    assert (schedule(0.25).dtype, schedule(0.25).shape) == (torch.float64, ())
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "power"])
+def test_a_time_outside_is_refused(name):
+    for u in (-0.01, 1.5, 2, math.nan, math.inf):
+        for given in (u, torch.tensor(u), torch.tensor(float(u), dtype=torch.float64, requires_grad=True)):
+            with refuses("`u`", "[0, 1]", f"{u:g}"):
+                SCHEDULES[name](given)
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_rounding_at_the_ends_is_no_time_outside(name):
+    for lam in SCHEDULES[name](f64(0.0, 1.0)).detach():
+        SCHEDULES[name](SCHEDULES[name].inverse(lam))  # a little beyond, perhaps
+
+
+def test_what_is_not_looked_at():
+    """Vectors, whatever the device; one number that vmap hides; and times that have no end."""
+    curve = Linear(5.0, -5.0)
+    torch.testing.assert_close(curve(f64(-0.5, 1.5)), f64(10.0, -10.0))
+    assert curve(torch.tensor(2.0, device="meta")).shape == ()
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(curve))(f64(-0.5, 0.5)), f64(-10.0, -10.0))
+    assert float(Power()(3.0)) == pytest.approx(-2 * math.log(3.0))
+    assert float(curve.rate(torch.tensor(1.5))[1]) == 10.0, "solvers go on beyond the ends"

@@ -31,7 +31,26 @@ __all__ = [
 
 
 class Schedule(nn.Module, ABC):
-    """A decreasing curve from u in [0, 1] to log-SNR lam. May hold parameters that are learned."""
+    """A decreasing curve from u in [0, 1] to log-SNR lam. May hold parameters that are learned.
+
+    Called with one number, a float or a tensor () on the CPU, it refuses one outside [0, 1]. Of vectors nothing is looked at,
+    since on a device that would wait for it.
+    """
+
+    def __call__(self, u: Tensor | float) -> Tensor:
+        if isinstance(u, int | float):
+            u = torch.tensor(float(u), dtype=torch.float64)
+        if u.ndim == 0 and u.device.type == "cpu":
+            self._check_time(u)
+        return super().__call__(u)
+
+    def _check_time(self, u: Tensor) -> None:
+        try:
+            value = u.detach().item()
+        except RuntimeError:  # inside torch.func.vmap a tensor has no one value
+            return
+        if not -1e-6 <= value <= 1 + 1e-6:  # `inverse` rounds
+            raise ValueError(f"`u` must lie in [0, 1], from data to noise (got {value:g})")
 
     @abstractmethod
     def forward(self, u: Tensor) -> Tensor:
@@ -50,12 +69,15 @@ class Schedule(nn.Module, ABC):
         learned = any(p.requires_grad for p in self.parameters())
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            lam = self(u)
+            lam = self.forward(u)  # solvers ask for the slope of a curve that goes on beyond its ends
             (slope,) = torch.autograd.grad(lam.sum(), u, create_graph=learned)
         return (lam, -slope) if learned else (lam.detach(), -slope)
 
     def grid(self, steps: int, spacing: str = "uniform") -> Tensor:
         """Levels to sample on: float64 (steps + 1,), from noise to +inf (data).
+
+        They are `steps` finite levels from u = 1 to 0, and the data. A sampler of T steps in a paper often has T + 1 finite
+        levels (u = T/T to 0/T) and reads the data off the last: that is `grid(T + 1)`.
 
         Arguments:
             steps: Number of steps, at least 1.
@@ -233,6 +255,9 @@ class Rectified(Schedule):
 
 class Power(Schedule):
     """sigma / alpha = u^power, for any u > 0: a time to integrate in (1 is EDM's, 0.5 that of the VE diffusion)."""
+
+    def _check_time(self, u: Tensor) -> None:
+        """Any will do."""
 
     def __init__(self, power: float = 1.0):
         super().__init__()

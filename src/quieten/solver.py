@@ -51,7 +51,7 @@ class Coordinates(NamedTuple):
         return float(self.time.inverse(torch.tensor(lam, dtype=torch.float64)))
 
     def lam(self, tau: float) -> float:
-        return float(self.time(torch.tensor(tau, dtype=torch.float64)))
+        return float(self.time.forward(torch.tensor(tau, dtype=torch.float64)))  # it may go on beyond its ends
 
     def factor(self, process: Process, lam: float) -> float:
         """z / x at a level: the ratio of the alphas, or of the sigmas, which is the same and exists in pure noise."""

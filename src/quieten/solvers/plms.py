@@ -103,7 +103,7 @@ class PNDM(PLMS):
         if self.schedule is None:
             return 0.5 * (lam_t + lam_s)
         ends = self.schedule.inverse(torch.tensor([lam_t, lam_s], dtype=torch.float64))
-        return float(self.schedule(ends.mean()))
+        return float(self.schedule.forward(ends.mean()))  # the curve may go on beyond its ends
 
     def _depth(self) -> int:
         return 4
