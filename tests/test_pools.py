@@ -9,9 +9,10 @@ from torch import Tensor
 from helpers import refuses, within
 from quieten.data import Dataset, Order
 from quieten.noise import Draws, Noise
-from quieten.objective import Batch, noised_by
+from quieten.objective import Batch, Denoising, noised_by
 from quieten.oracle import FiniteData
 from quieten.process import VE, VP
+from quieten.schedule import Linear
 from quieten.target import StableTarget, stable_target
 from quieten.targets.pools import POOLS, BankPool, ClassPool, ClusterPool, LoaderPool, distinct, make_pool, micro_clusters
 from quieten.training.augment import EDMAugment, isometric, mirrored
@@ -285,3 +286,25 @@ def test_an_augmentation_that_the_network_is_told_of() -> None:
         assert not torch.equal(whole.x0[only_mirrored], x0[only_mirrored])
     again = target(noised, batch)  # draws its own references
     within(0.0, (again.x0 - got.x0).abs().max(), "with references of its own")
+
+
+class Told(FiniteData):
+    """Data that are told a label."""
+
+    def predict(self, x: Tensor, lam: Tensor, form: str = "x0", **cond: Tensor) -> Tensor:
+        return super().predict(x, lam, form)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name in POOLS if name != "gather"])
+def test_a_batch_of_nothing(name: str, dtype: torch.dtype, flip: bool) -> None:
+    """No examples, no losses: where the mini-batch is the pool there are no references either."""
+    data = small(shape=(1, 2, 2))
+    target = StableTarget(make_pool(name, data, cluster=4), 6, null={"label": CLASSES}, flip=flip)
+    batch = Batch(torch.zeros(0, 1, 2, 2, dtype=dtype), torch.arange(0), {"label": torch.arange(0)})
+    refs = target.prepare(batch, 0, 0)
+    losses = Denoising(Linear(), target=target).losses(Told(data.images, VP), batch._replace(refs=refs), Draws(0, 0, []))
+    assert {name: (loss.shape, loss.dtype) for name, loss in losses.items()} == dict.fromkeys(
+        ("loss", "plain_loss"), ((0,), dtype)
+    )

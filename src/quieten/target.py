@@ -331,7 +331,7 @@ class StableTarget:
                 continue
             free = torch.zeros(len(value), dtype=torch.bool, device=value.device)
             if name in self.null:
-                free = (value == self.null[name]).reshape(len(value), -1).all(1)
+                free = _flat(value == self.null[name]).all(1)
             if name not in refs.cond:
                 self._warn(name)
                 unknown = ~free if unknown is None else unknown | ~free

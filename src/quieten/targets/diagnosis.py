@@ -24,11 +24,13 @@ class TargetVariance:
     r"""Variance of the targets of x0 at each of L levels, averaged over noisy examples, per element.
 
     Multiplied by alpha^2 / sigma^2 (`in_eps`) it is that of the targets of eps, which every form of network sees alike.
+    Multiplied by the number of elements D it is a trace, as `TargetStats.variance` and the paper's V are; V, of targets of the
+    score, has the factor alpha^2 / sigma^4 too.
 
     Attributes:
         lam: The levels, float64 (L,).
         plain: E Tr Cov(x0 | x_t) / D (L,): what no network can learn away. NaN with the estimator "online".
-        stable: For each number of references n, the variance of the stable target (L,). NaN with the estimator "online".
+        stable: For each number of references n, the same of the stable target (L,). NaN with the estimator "online".
         within: For each n, the variance that averaging over the references took away (L,): `plain` less `stable`, on average.
         ess: For each n, the mean effective number of references (L,).
         largest: For each n, the mean of the largest weight (L,).

@@ -101,7 +101,7 @@ def posterior(
 
     Arguments:
         x: Noisy rows (B, D), float32 or float64.
-        refs: References (n, D), floats, or uint8 pixels (see `unpacked`), at least one.
+        refs: References (n, D), floats, or uint8 pixels (see `unpacked`), at least one if there are rows.
         alpha: Signal scale (B,).
         sigma: Noise scale (B,), above 0.
         base: Where shifts are measured from (B, D): best the clean row itself; None is the nearest reference.
@@ -112,6 +112,8 @@ def posterior(
         spread: Whether to return second moments too, at the price of one more product.
     """
     width, large = wide(x.device), x.device.type != "cpu"
+    if not len(x) and not len(refs):  # an empty mini-batch that is its own pool: no row asks for any
+        refs, mask = refs.new_zeros(1, refs.shape[1]), None
     chunk = chunk or max(64, (2**25 if large else 2**18) // max(1, x.shape[1]))  # on a CPU: what its cache holds
     rows = max(1, _WEIGHTS * (32 if large else 1) // len(refs))
     with full_precision(x.device):
