@@ -323,6 +323,20 @@ def test_policies_take_part_at_their_own_steps(tmp_path: Path, typed: Type) -> N
         assert np.array_equal(arrays["images"], contender.draw(range(5)).numpy())
 
 
+def test_policies_of_little_noise_are_measured_but_for_their_bits(tmp_path: Path, typed: Type) -> None:
+    path = untrained(tmp_path / "run")
+    source = open_source(str(path))
+    for name, eta in (("half", 0.5), ("whole", 1.0)):
+        policy = Policy(source.denoiser, source.grid(2, None), Ancestral(eta, spread=False))
+        save_policy(source.policies[0], name, policy, trunk=fingerprint(source.denoiser))
+    ran = typed("compare", path, "digits", "--transitions", "policies,ddpm:eta=0.5", "--steps", 2, "--nll", 4, "-n", 8)
+    assert ran.code == 0, ran.err
+    rows = {row["sampler"]: row for row in json.loads((path / "compare" / "results.json").read_text())["rows"]}
+    assert {name: row["failure"] for name, row in rows.items()} == dict.fromkeys(rows)
+    measured = {name: row["bits_per_dim"] is not None for name, row in rows.items()}
+    assert measured == {"policy:half": False, "policy:whole": True, "ddpm:eta=0.5": False}
+
+
 def test_forecasts_and_facts() -> None:
     denoiser = GaussianData(torch.zeros(2), 1.0, VP)
     for name, each in (("ddim", 1), ("rk4", 4), ("heun", 2)):
