@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
 from conftest import Type
 from helpers import refuses
@@ -34,6 +34,8 @@ class Hub:
         assert exist_ok
         if repo_id.startswith("others/"):
             raise OSError("403 Forbidden: you have no rights\nto this repository")
+        if repo_id == "no/network":
+            raise HTTPError("[Errno -2] Name or service not known")
         repo_id = repo_id if "/" in repo_id else f"me/{repo_id}"
         self.made.setdefault(repo_id, private)
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
@@ -124,6 +126,8 @@ def test_the_command(typed: Type, hub: Hub, run: Run, tmp_path: Path) -> None:
 def test_refusals(typed: Type, hub: Hub, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with refuses("others/toy", "403 Forbidden", "hf auth login"):
         push_to_hub(run, "others/toy")
+    with refuses("no/network", "cannot be reached", "Name or service not known"):
+        push_to_hub(run, "no/network")
     with refuses("train it first"):
         push_to_hub(toy_run(tmp_path / "new"), "me/new")
     with refuses("`repo_id` 'me/nothing'", "no run"):

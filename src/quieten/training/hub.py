@@ -122,7 +122,14 @@ def fetched(repo_id: str, **hub: Any) -> Path | None:
 @contextmanager
 def _refusals(repo_id: str, remedy: str) -> Iterator[None]:
     """Errors of the hub in one line."""
+    from huggingface_hub import errors
+
+    no_network: type[Exception] = getattr(errors, "HTTPError", OSError)  # in some versions no OSError
     try:
         yield
     except (OSError, ValueError) as error:
         raise ValueError(f"the hub refuses {repo_id!r} ({brief(error)}): {remedy}") from error
+    except no_network as error:
+        raise ValueError(
+            f"the hub cannot be reached for {repo_id!r} ({brief(error)}): try again where there is a network"
+        ) from error
