@@ -56,6 +56,11 @@ def test_training_by_command_resumes_and_refuses_other_training(typed: Type, tmp
     assert ran.code == 0, ran.err
     assert "12 features" in ran.out
     assert "trained to the end" in typed("features", "train", "digits", *SHORT, "--out", file).out
+    ran = typed("features", "train", "digits", *SHORT, "--out", file, "--size", 12)
+    assert ran.code == 2
+    assert "size None instead of 12" in ran.err
+    ran = typed("features", "train", "digits", *SHORT, "--out", file.with_name("large.safetensors"), "--size", 12)
+    assert ran.code == 0, ran.err
     ran = typed("features", "train", "digits", *SHORT, "--out", file, "--shift", 3)
     assert ran.code == 2
     assert "shift 2 instead of 3" in ran.err

@@ -10,7 +10,7 @@ import typer
 
 __all__ = [
     "LOOK", "MAKE", "MEASURE", "Batch", "Device", "Download", "Folder", "Images", "Labelled", "Mirror", "Model", "Overrides",
-    "Peak", "Seed", "Shift", "Weights", "app", "as_typed",
+    "Peak", "Seed", "Shift", "Size", "Weights", "app", "as_typed",
 ]  # fmt: skip
 
 MAKE, MEASURE, LOOK = "Train and draw", "Measure", "Look up"
@@ -47,6 +47,7 @@ Shift = Annotated[int, typer.Option(min=0, help="Largest shift in pixels.")]
 Mirror = Annotated[
     bool | None, typer.Option("--mirror/--no-mirror", help="Mirror every other picture. Default: except digits.")
 ]
+Size = Annotated[int | None, typer.Option(min=1, help="Resize the images first.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Folder = Annotated[Path | None, typer.Option("--data", help="Where the data set lies, for names.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow a missing data set to be downloaded.")]

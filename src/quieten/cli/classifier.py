@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import MAKE, Batch, Device, Download, Folder, Images, Labelled, Mirror, Peak, Seed, Shift, app
+from .app import MAKE, Batch, Device, Download, Folder, Images, Labelled, Mirror, Peak, Seed, Shift, Size, app
 
 __all__ = ["train_classifier"]
 
@@ -22,6 +22,7 @@ def train_classifier(
     width: Annotated[int, typer.Option(min=1, help="Channels of the network; its cost grows with the square.")] = 32,
     shift: Shift = 2,
     mirror: Mirror = None,
+    size: Size = None,
     process: Annotated[str, typer.Option(help="How the pictures are noised: vp, ve or flow; any denoiser can use it.")] = "vp",
     seed: Seed = 0,
     folder: Folder = None,
@@ -40,7 +41,7 @@ def train_classifier(
     from ..commands.classifier import train_classifier as run
 
     if not run(
-        data, out=out, images=images, batch=batch, lr=lr, width=width, shift=shift, mirror=mirror, process=process, seed=seed,
-        folder=folder, download=download, device=device,
+        data, out=out, images=images, batch=batch, lr=lr, width=width, shift=shift, mirror=mirror, size=size, process=process,
+        seed=seed, folder=folder, download=download, device=device,
     ):  # fmt: skip
         raise typer.Exit(130)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import MEASURE, Batch, Device, Download, Folder, Images, Labelled, Mirror, Peak, Seed, Shift, app
+from .app import MEASURE, Batch, Device, Download, Folder, Images, Labelled, Mirror, Peak, Seed, Shift, Size, app
 
 __all__ = ["features", "stats", "train"]
 
@@ -31,6 +31,7 @@ def train(
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Share of features dropped; more for few images.")] = 0.1,
     shift: Shift = 2,
     mirror: Mirror = None,
+    size: Size = None,
     seed: Seed = 0,
     folder: Folder = None,
     download: Download = False,
@@ -43,13 +44,13 @@ def train(
     Examples:
 
         quieten features train digits --images 200000 --width 32
-        quieten features train ~/pictures --out judge.safetensors
+        quieten features train ~/pictures --size 32 --out judge.safetensors
     """
     from ..commands.features import train as run
 
     if not run(
         data, out=out, images=images, batch=batch, lr=lr, decay=decay, width=width, dropout=dropout, shift=shift, mirror=mirror,
-        seed=seed, folder=folder, download=download, device=device,
+        size=size, seed=seed, folder=folder, download=download, device=device,
     ):  # fmt: skip
         raise typer.Exit(130)
 
@@ -62,7 +63,7 @@ def stats(
     ],
     out: Annotated[Path | None, typer.Option(help="File to write. Default: NAME-SPLIT-HASH.npz.")] = None,
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
-    size: Annotated[int | None, typer.Option(min=1, help="Resize the images first.")] = None,
+    size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once; the result does not depend on it.")] = 256,
     sha256: Annotated[str | None, typer.Option(help="What the extractor's file must hash to.")] = None,
     single: Annotated[bool, typer.Option("--single", help="Write float32 instead of float64: half the size.")] = False,

@@ -27,6 +27,7 @@ def train_classifier(
     width: int = 32,
     shift: int = 2,
     mirror: bool | None = None,
+    size: int | None = None,
     process: str = "vp",
     seed: int = 0,
     folder: Path | None = None,
@@ -40,10 +41,10 @@ def train_classifier(
     """
     if process not in PROCESSES:
         raise ValueError(f"`--process` must be one of {', '.join(PROCESSES)} (got {process!r})")
-    train, test = splits(data, folder, download)
+    train, test = splits(data, folder, download, size)
     out = weights_file(Path("runs") / f"{train.name}-classifier.safetensors" if out is None else out)
     net, options = pupil(train, seed, width=width)
-    plan = lesson_plan(train, images, batch, lr, shift, mirror, seed)
+    plan = lesson_plan(train, images, batch, lr, shift, mirror, seed, size=size)
     classifier = NoisyClassifier(net, PROCESSES[process], classes=train.classes, shape=train.shape).to(device_of(device))
     facts = {**classifier.facts(options), "plan": json.dumps(plan)}
     done = taught(classifier, classifier.net, train, out, facts, plan, smoothing=0.0, schedule=classifier.schedule())

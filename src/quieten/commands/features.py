@@ -29,6 +29,7 @@ def train(
     dropout: float = 0.1,
     shift: int = 2,
     mirror: bool | None = None,
+    size: int | None = None,
     seed: int = 0,
     folder: Path | None = None,
     download: bool = False,
@@ -41,10 +42,10 @@ def train(
     Raises:
         ValueError: For data without labels or pictures, or a file of other training.
     """
-    learnt, test = splits(data, folder, download)
+    learnt, test = splits(data, folder, download, size)
     out = weights_file(Path("runs") / f"{learnt.name}-features.safetensors" if out is None else out)
     net, options = pupil(learnt, seed, width=width, dropout=dropout)
-    plan = lesson_plan(learnt, images, batch, lr, shift, mirror, seed, weight_decay=decay)
+    plan = lesson_plan(learnt, images, batch, lr, shift, mirror, seed, weight_decay=decay, size=size)
     net.to(device_of(device))
     facts = {"options": json.dumps(options), "classes": json.dumps(learnt.classes), "plan": json.dumps(plan)}
     done = taught(net, net, learnt, out, facts, plan)

@@ -24,18 +24,18 @@ SAVE_EVERY = 60.0
 """Seconds between saves on the way."""
 
 
-def splits(data: str, folder: Path | None, download: bool) -> tuple[Dataset, Dataset]:
+def splits(data: str, folder: Path | None, download: bool, size: int | None = None) -> tuple[Dataset, Dataset]:
     """What to train on and what to measure on: every tenth example, where there is no test set.
 
     Raises:
         ValueError: If the data are no labelled pictures.
     """
-    train = load(data, data=folder, download=download)
+    train = load(data, size=size, data=folder, download=download)
     if train.labels is None or len(train.shape) != 3:
         raise ValueError(f"`{data}` has {'no labels' if train.labels is None else f'examples of shape {train.shape}'}: "
                          "a classifier is trained on labelled pictures")  # fmt: skip
     try:
-        test = load(data, split="test", data=folder, download=download)
+        test = load(data, split="test", size=size, data=folder, download=download)
     except ValueError:
         held = torch.arange(len(train)) % 10 == 9
         return train.subset(~held), train.subset(held)
@@ -53,14 +53,14 @@ def pupil(data: Dataset, seed: int, **options: Any) -> tuple[Classifier, dict[st
 def lesson_plan(
     data: Dataset, images: int, batch: int, lr: float, shift: int, mirror: bool | None, seed: int, **more: Any
 ) -> dict[str, Any]:
-    """What a file says of its training; pictures are mirrored by default where they may be."""
+    """What a file says of its training, things that are None left out; pictures are mirrored by default where they may be."""
     mirror = data.name not in ("digits", "mnist") if mirror is None else mirror
     return {
         "data": data.name,
         "images": images,
         "batch": batch,
         "lr": lr,
-        **more,
+        **{key: value for key, value in more.items() if value is not None},
         "shift": shift,
         "mirror": mirror,
         "seed": seed,
@@ -100,7 +100,7 @@ def taught(
         print(f"{out} is trained to the end: name another file to train anew")
         return None
     steps, batch = max(1, plan["images"] // plan["batch"]), plan["batch"]
-    teach = {key: value for key, value in plan.items() if key not in ("data", "images")} | options
+    teach = {key: value for key, value in plan.items() if key not in ("data", "images", "size")} | options
     done, saved_at, shown_at, seen = begin[0] if begin else 0, time.monotonic(), time.monotonic(), 0
     with signals() as stop, Progress(steps * batch, done * batch, out.stem) as progress:
         for step, loss, optimiser in lessons(module, data, steps=steps, begin=begin, **teach):
