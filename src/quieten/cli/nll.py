@@ -70,7 +70,7 @@ def nll(
         quieten nll runs/my-diffenc fashion-mnist --steps 20 --variance optimal --bound-grid optimal
         quieten nll zoo:fashion-mnist fashion-mnist --estimator ode --steps 30 -n 100
         quieten nll runs/digits digits --estimator ode --probes 0 --tolerance 1e-4 -n 100
-        quieten nll ./my-diffusers-model ~/pictures/test --steps 1000 --compat official
+        quieten nll ./my-diffusers-model ~/pictures --split train --steps 1000 --compat official
     """
     from ..commands.nll import nll as run
 

@@ -57,7 +57,8 @@ def diagnose(
     lam = _levels(opened.schedule, levels)
     counts = sorted({n for n in references if n < len(examples)})
     if not counts:
-        raise ValueError(f"`--references {references}` must be below the {len(examples)} examples: give fewer")
+        given = ",".join(map(str, references))
+        raise ValueError(f"`--references {given}` must be below the {len(examples)} examples: give fewer")
     shown = min(pairs, len(examples))
     with Progress(levels * shown, 0, "targets") as progress:
         told = partial(_tell, progress, shown)

@@ -35,7 +35,9 @@ class UndividedError(ValueError):
     """Data without a test split were asked for it."""
 
     def __init__(self, path: Path, remedy: str):
-        super().__init__(f"`split` 'test': {path} is one whole: take split train, which is all of it, or {remedy}")
+        super().__init__(
+            f"`split` 'test': {path} is one whole: take split train (--split train), which is all of it, or {remedy}"
+        )
 
 
 # ---- folders and zips
