@@ -188,6 +188,17 @@ def test_the_learned_variance_of_gaussian_data_is_the_exact_one(s2):
     within(1e-5, ((f64(*found) - f64(*exact)) / f64(*exact)).abs().max(), "variance of the trained kernel, relative")
 
 
+def test_a_range_that_left_its_ends_is_pulled_back():
+    """Below -1 the variance is held at the small one, which is too little for any data: the slope must say so."""
+    batch, draws = quadrature(0.6, 8)
+    for r in (-1.5, -1.0):
+        net = Exact(0.6, torch.full((8,), 0.5 * (r + 1), dtype=torch.float64))
+        denoiser = Preconditioned(net, VP, "eps", lambda lam: lam, learned_range=True)
+        (slope,) = torch.autograd.grad(Hybrid(SCHEDULE, steps=8)(denoiser, batch, draws).mean(), [net.r])
+        assert bool((slope < 0).all()), "descent raises the range"
+        assert float(denoiser(batch.x0[:1], 0.0).var) == 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("images", [True, False], ids=["images", "vectors"])
 @pytest.mark.parametrize("n", [0, 1, 4])

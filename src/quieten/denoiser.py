@@ -262,7 +262,7 @@ class Preconditioned(Denoiser):
         """The prediction (B, *) in the network's own form, and the Gaussian over x0, from one call of the network."""
         out, r = self._call(x, lam, cond)
         alpha, sigma = self.process.scales_over(lam, x)
-        var = POINT if r is None else (0.5 * r + 0.5).clamp_min(0.0) * (sigma * sigma)
+        var = POINT if r is None else _share(r) * (sigma * sigma)
         return out, Gaussian(convert(out, x, self.form, "x0", alpha, sigma), var)
 
     def predict(self, x: Tensor, lam: Level, form: Form = "x0", **cond: Any) -> Tensor:
@@ -317,6 +317,13 @@ class Preconditioned(Denoiser):
     def extra_repr(self) -> str:
         form = self.form if isinstance(self.form, str) else "callable"
         return f"process={self.process}, form={form}, sigma_data={self.sigma_data}"
+
+
+def _share(r: Tensor) -> Tensor:
+    """(r + 1) / 2, at least 0. Its slope is 1/2 everywhere: else a range below -1 could never be trained again."""
+    f = 0.5 * r + 0.5
+    held = f.clamp_min(0.0)
+    return f + (held - f).detach() if f.requires_grad else held
 
 
 def edm(net: nn.Module, process: Process = VE, sigma_data: float = 0.5, **kwargs: Any) -> Preconditioned:
