@@ -527,7 +527,7 @@ def test_no_guidance_and_kicks_that_cannot_be_unstable_are_not_warned_of():
     assert not told(lambda: sample(toy(VP), 50 * STARTS, karras(10), Split(class_guidance(VP, 0.0))))
 
 
-def test_an_example_is_warned_of_whatever_its_batch():
+def test_one_example_of_a_batch_is_warned_of():
     data, x = GaussianData(torch.zeros(2, dtype=torch.float64), 1.0, VP), STARTS.clone()
     for rate in (
         torch.zeros(32, 1, dtype=torch.float64),

@@ -192,8 +192,8 @@ class _FromNoise(Scheme):
         return torch.add(x, force.gradient(x, move.lam_s), alpha=move.sigma_s**2), None
 
 
-GROWN = 3.0
-"""A state is large when an example's root mean square passes so many times that of data of variance 1."""
+GROWN = 2.0
+"""States are large when their root mean square over the batch passes so many times that of data of variance 1."""
 
 
 def settled(around: Scheme, force: Force, x_s: Tensor, move: Move) -> tuple[Seen, ...] | None:

@@ -67,16 +67,14 @@ class Force:
         return self._scaled(g, x, lam)
 
     def settle(self, x: Tensor) -> float:
-        """The largest root mean square of an example of the state (B, *) that the gradients led to.
+        """The root mean square of the states (B, *) that the gradients led to.
 
-        One look at it, instead of one at each gradient: it holds their NaN or infinity.
+        One look at them, instead of one at each gradient, whose NaN or infinity they hold.
 
         Raises:
             ValueError: If it is not finite, and the first gradient that is not is to blame.
         """
-        if not x.numel():
-            return 0.0
-        size = float(torch.linalg.vector_norm(x.detach().reshape(len(x), -1), dim=1).max()) / math.sqrt(x[0].numel())
+        size = float(torch.linalg.vector_norm(x.detach())) / math.sqrt(max(x.numel(), 1))  # one pass over memory, as a sum is
         if not math.isfinite(size):
             for g, at, lam in self.unseen or ():
                 try:
