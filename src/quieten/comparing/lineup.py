@@ -199,8 +199,8 @@ class Entrant:
     def _ours(self, name: str, steps: int) -> Contender:
         head, *words = name.split(":")
         if head in SPLITS:
-            raise ValueError(f"`{head}` splits off guidance, which nothing has here: take it with `quieten sample --guide` or "
-                             "`quieten diagnose --guidance`")  # fmt: skip
+            raise ValueError(f"`{head}` is a split scheme and needs guidance, which there is none of here: it belongs to "
+                             "`quieten sample --guide` and `quieten diagnose --guidance`")  # fmt: skip
         own, options = self.source.transition
         told = {k: yaml.safe_load(v) for k, _, v in (word.partition("=") for word in words if "=" in word)}
         named = [word for word in words if "=" not in word]
