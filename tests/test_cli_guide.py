@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,16 @@ def test_classifiers_that_do_not_fit(typed: Type, tmp_path: Path, toy: Path, jud
     clean = ZOO / "classifiers" / "fashion-mnist.safetensors"
     refused(typed("sample", toy, "--guide", "0", "--classifier", clean), "no noise-aware classifier")
     refused(typed("sample", toy, "--guide", "inpaint", "--classifier", judge), "`--classifier", "measures")
+
+
+def test_stiff_guidance_is_told_once(typed: Type, tmp_path: Path) -> None:
+    for scale, times in ((3, 0), (1e5, 1)):
+        with warnings.catch_warnings(record=True) as got:
+            warnings.simplefilter("always")
+            ran = typed("sample", "zoo:digits", "--guide", 3, "--transition", "strang", "--steps", 4, "--scale", scale,
+                        "-n", 4, "--out", tmp_path / "grid.png")  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert [str(w.message)[:22] for w in got] == ["the guidance is stiff:"] * times
 
 
 def test_guidance_that_blows_up_names_level_and_scale(typed: Type, tmp_path: Path, toy: Path) -> None:
