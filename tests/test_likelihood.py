@@ -24,7 +24,8 @@ from quieten.process import FLOW, VE, VP, Process
 from quieten.schedule import Cosine, Linear, LinearBeta, LogNormal, Rectified, Table, karras
 from quieten.solver import Exponential, Heun
 from quieten.solvers.grids import linear, take
-from quieten.transition import Ancestral, Step, Transition
+from quieten.transition import Ancestral, Churn, Hushed, Step, Transition
+from quieten.tuning.policy import Policy
 from quieten.wrap import WithCovariance
 
 TABLE = Table.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
@@ -405,3 +406,19 @@ def test_a_last_kernel_without_variance_is_refused_and_a_variance_of_the_decoder
 def test_flat_values_need_noise_to_be_told_apart_by(lam):
     with refuses("`lam_t`", "finite"):
         Flat()(None, torch.zeros(2, 3), torch.zeros(2, 3), lam)
+
+
+@pytest.mark.parametrize("around", [lambda t, grid: Hushed(t, grid), lambda t, grid: Churn(t)], ids=["Hushed", "Churn"])
+def test_less_noise_than_the_posterior_has_is_refused_through_wrappers(around):
+    data, grid = gaussian_data("vector", VP), karras(5)[:-1]
+    with refuses("eta=0.5", "Ancestral(1)"):
+        elbo(data, torch.zeros(2, 5), Plain(0.1), grid, draws=keyed(2), transition=around(Ancestral(0.5), grid))
+
+
+def test_a_policy_of_any_eta_has_a_bound():
+    data, grid = gaussian_data("vector", VP), karras(8)
+    x0 = data.sample(Noise(0, range(500)))
+    policy = Policy(data, grid, Ancestral(0.5, spread=False))
+    bound = elbo(data, x0, Plain(0.1), grid, draws=keyed(500), transition=policy.transition).total
+    exact = -data.log_prob(x0)
+    assert float((bound - exact).mean()) > -4 * float((bound - exact).std()) / math.sqrt(500)

@@ -289,8 +289,8 @@ def _in_steps(
 
 
 def _check_transition(transition: Transition) -> None:
-    eta = getattr(transition, "eta", None)
-    if eta is not None and eta < 1.0:
+    eta = transition.eta
+    if eta is not None and eta < 1.0 and not transition.own_noise:  # a bound holds for any kernel that has some variance
         raise ValueError(f"`transition` has eta={eta:g}: the bound compares kernels with the posterior of the forward process, "
                          "whose noise is that of eta=1; use Ancestral(1)")  # fmt: skip
 

@@ -43,10 +43,12 @@ class Transition(nn.Module, ABC):
         eta: Share of the ancestral noise that its steps to higher log-SNR have, which says what their means make of a change
             of x0: 0 where they go by the ODE, 1 where by the whole reverse process, whatever variance is added to that. None,
             for deterministic steps, or where nobody knows. Wrappers have that of what they wrap. `Split` goes by it.
+        own_noise: Whether the variance of its kernels is its own, as that of a policy is, and not that of `eta`.
     """
 
     revisits: bool = False
     eta: float | None = None
+    own_noise: bool = False
 
     @abstractmethod
     def forward(self, denoiser: Denoiser, x_t: Tensor, lam_t: Level, lam_s: Level, memory: Any = None) -> Step:

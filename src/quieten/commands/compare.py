@@ -177,9 +177,9 @@ def _likelihood(source: Source, data: str, n: int, seed: int, batch: int) -> Any
     decoder = decoder_of(source, whole, asked)
 
     def bits(model: Denoiser, transition: Transition, grid: Tensor) -> Bits | None:
-        # the bound compares with the posterior of the forward process, whose noise is that of eta 1
-        eta = transition.eta if isinstance(transition, Ancestral | Tuned) else 0.0
-        if (eta is not None and eta < 1) or isinstance(decoder, Plain):
+        # the bound compares with the posterior of the forward process, whose noise is that of eta 1; a policy has its own
+        has_densities = isinstance(transition, Tuned) or (isinstance(transition, Ancestral) and transition.eta == 1.0)
+        if not has_densities or isinstance(decoder, Plain):
             return None
 
         def measure() -> tuple[float, float]:

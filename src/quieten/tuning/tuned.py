@@ -64,6 +64,8 @@ class Tuned(Transition):
 
     start: Tensor
 
+    own_noise = True
+
     def __init__(
         self,
         inner: Transition,
