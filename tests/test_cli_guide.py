@@ -369,3 +369,12 @@ def test_help_shows_how(typed: Type) -> None:
     assert "--guide" in ran.out
     assert "superres:4" in ran.out
     assert "--images" in typed("train-classifier", "--help").out
+
+
+def test_a_warning_is_one_line_without_code(tmp_path: Path) -> None:
+    words = ["--guide", "3", "--transition", "strang", "--steps", "4", "--scale", "1e5", "-n", "4", "--out", "grid.png"]
+    ran = subprocess.run([sys.executable, "-m", "quieten", "sample", "zoo:digits", *words], cwd=tmp_path,
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    lines = [line for line in ran.stderr.splitlines() if "stiff" in line]
+    assert [line[:43] for line in lines] == ["quieten: warning: the guidance is stiff: |h"]
+    assert "forward_call" not in ran.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 import typer
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     _share_processors()
     keep_freed_memory()
+    usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app(arguments, prog_name="quieten")
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
@@ -32,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "memory" not in str(error):  # torch has no class of its own for this on every device
             raise
         _fail(error, ": take a smaller --batch, or train.batch")
+    finally:
+        warnings.formatwarning = usual
 
 
 def _share_processors() -> None:
@@ -43,6 +47,11 @@ def _share_processors() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def _warning(message: Warning | str, *where: object, **source: object) -> str:
+    """A warning as errors are told: in one line, without the place in the code."""
+    return f"quieten: warning: {' '.join(str(message).split())}\n"
 
 
 def _fail(error: Exception, remedy: str = "") -> NoReturn:
